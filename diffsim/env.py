@@ -1,0 +1,164 @@
+"""A batch of environments with gradients: a gymnasium VectorEnv on tensors, batch-first at its boundary.
+
+The gradient contract:
+- `step` is differentiable in the action and in everything that came before, until `detach()` cuts the graph;
+- an environment whose episode ends starts a new one in the same step: `obs` is then the new episode's first
+  observation and carries no gradient; `info["final_obs"]` is the last of the old one and does;
+- actions are clipped to [-1, 1], with zero gradient outside, and scaled to the actuators' ctrlrange;
+- a state that is no longer finite ends its own episode (reward 0), and no gradient flows through that step.
+"""
+
+import warnings
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from diffsim.dynamics import actuator_force
+from diffsim.model import Softness, load_model
+from diffsim.mujoco_physics import MujocoPhysics
+from diffsim.physics import DiffsimPhysics
+from diffsim.tasks import Task
+
+EXPLODED = 1e3  # m/s or rad/s: no robot here comes near it
+
+
+class DiffEnv(gymnasium.vector.VectorEnv):
+    """`num_envs` copies of a task. See diffsim.make for the arguments."""
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(
+        self,
+        task: Task,
+        num_envs: int = 1,
+        seed: int = 0,
+        device: str = "cpu",
+        physics: str = "diffsim",
+        compile: bool = True,
+        dtype: torch.dtype = torch.float32,
+        softness: Softness = Softness(),
+    ):
+        self.task, self.num_envs = task, num_envs
+        self.control_dt, self.substeps, self.max_episode_steps = task.control_dt, task.substeps, task.max_episode_steps
+        timestep = task.control_dt / task.substeps
+        self.model = load_model(task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness)
+        self.device, self.dtype = self.model.device, dtype
+        if physics == "mujoco":
+            self.physics = MujocoPhysics(self.model, task.substeps)
+        else:
+            self.physics = DiffsimPhysics(self.model, task.substeps, num_envs, compile)
+        low, high = (t.clamp(-1e9, 1e9) for t in (self.model.ctrl_low, self.model.ctrl_high))
+        free = low <= -1e9  # an actuator without ctrlrange takes the action itself
+        self._ctrl_mid = torch.where(free, 0.0, (low + high) / 2)
+        self._ctrl_half = torch.where(free, 1.0, (high - low) / 2)
+        self._generator = torch.Generator(device=self.device).manual_seed(seed)
+        qpos, qvel = task.reset(self.model, 1, torch.Generator(device=self.device).manual_seed(0))
+        obs_dim = task.observe(qpos, qvel, qpos.new_zeros(self.model.nu, 1)).shape[0]
+        box = gymnasium.spaces.Box
+        self.single_observation_space = box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.single_action_space = box(-1.0, 1.0, (self.model.nu,), np.float32)
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+        self._start(*self._fresh(num_envs))
+
+    # --- episodes -------------------------------------------------------------------------------------------
+    def _fresh(self, count: int):
+        return self.task.reset(self.model, count, self._generator)
+
+    def _start(self, qpos, qvel):
+        self.qpos, self.qvel = qpos, qvel
+        self.last_action = qpos.new_zeros(self.model.nu, self.num_envs)
+        self.episode_length = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+        self.episode_return = qpos.new_zeros(self.num_envs)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
+        """Start every episode anew: observation (B, obs_dim) without gradient."""
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        self._start(*self._fresh(self.num_envs))
+        return self._observe(self.qpos, self.qvel, self.last_action), {}
+
+    def _observe(self, qpos, qvel, action) -> Tensor:
+        return self.task.observe(qpos, qvel, action).T
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """action (B, nu) -> obs (B, obs_dim), reward, terminated, truncated (B,), info.
+
+        info: "final_obs" (B, obs_dim), before any reset; "episode" {"r", "l"} with the mask "_episode", for
+        episodes that ended in this step; "nonfinite" (B,), episodes ended because their state was not finite.
+        """
+        action = torch.as_tensor(action, device=self.device, dtype=self.dtype)
+        if action.shape != (self.num_envs, self.model.nu):
+            raise ValueError(f"action has shape {tuple(action.shape)}, expected {(self.num_envs, self.model.nu)}")
+        action = torch.clamp(action, -1.0, 1.0).T  # (nu, B)
+        ctrl = self._ctrl_mid + self._ctrl_half * action
+        if isinstance(self.physics, MujocoPhysics):
+            qpos, qvel = self.physics.step(self.qpos, self.qvel, ctrl)
+        else:
+            qpos, qvel = self.physics.step(self.qpos, self.qvel, actuator_force(self.model, ctrl))
+        self.episode_length = self.episode_length + 1
+
+        nonfinite = ~(torch.isfinite(qpos).all(0) & (qvel.detach().abs().amax(0) < EXPLODED))
+        any_nonfinite = bool(nonfinite.any())
+        if any_nonfinite:
+            self._report(nonfinite, qpos, qvel)
+            qpos, qvel, action = self._replace(nonfinite, qpos, qvel, action)
+        final_obs = self._observe(qpos, qvel, action)
+        reward = self.task.reward(qpos, qvel, action)
+        terminated = self.task.terminated(qpos, qvel)
+        if any_nonfinite:
+            reward, terminated = torch.where(nonfinite, 0.0, reward), terminated | nonfinite
+        truncated = (self.episode_length >= self.max_episode_steps) & ~terminated
+        self.episode_return = self.episode_return + reward.detach()
+
+        info = {"final_obs": final_obs, "nonfinite": nonfinite}
+        done, obs = terminated | truncated, final_obs
+        if bool(done.any()):
+            info["episode"] = {"r": self.episode_return, "l": self.episode_length}
+            info["_episode"] = done
+            qpos, qvel, action = self._replace(done, qpos, qvel, action)
+            obs = torch.where(done[:, None], self._observe(qpos, qvel, action).detach(), final_obs)
+            self.episode_return = torch.where(done, 0.0, self.episode_return)
+            self.episode_length = torch.where(done, 0, self.episode_length)
+        self.qpos, self.qvel, self.last_action = qpos, qvel, action
+        return obs, reward, terminated, truncated, info
+
+    def _replace(self, mask, qpos, qvel, action):
+        """New episodes where mask says; torch.where keeps the other environments' graph."""
+        fresh_qpos, fresh_qvel = torch.zeros_like(qpos), torch.zeros_like(qvel)
+        index = mask.nonzero().squeeze(1)
+        fresh_qpos[:, index], fresh_qvel[:, index] = self._fresh(len(index))
+        return torch.where(mask, fresh_qpos, qpos), torch.where(mask, fresh_qvel, qvel), torch.where(mask, 0.0, action)
+
+    def _report(self, nonfinite, qpos, qvel):
+        env = int(nonfinite.nonzero()[0])
+        name = "qpos" if not bool(torch.isfinite(qpos[:, env]).all()) else "qvel"
+        warnings.warn(
+            f"{int(nonfinite.sum())} environment(s) ended: {name} of environment {env} is not finite or exploded "
+            f"at step {int(self.episode_length[env])} of its episode",
+            stacklevel=3,
+        )
+
+    # --- the graph and the state ----------------------------------------------------------------------------
+    def detach(self) -> Tensor:
+        """Cut the graph, as at the start of a window; returns the current observation without gradient."""
+        self.qpos, self.qvel, self.last_action = self.qpos.detach(), self.qvel.detach(), self.last_action.detach()
+        return self._observe(self.qpos, self.qvel, self.last_action)
+
+    def get_state(self) -> dict[str, Tensor]:
+        """Everything that decides the future: physics, counters, random generator."""
+        names = ("qpos", "qvel", "last_action", "episode_length", "episode_return")
+        state = {n: getattr(self, n).detach().clone() for n in names}
+        return {**state, "generator": self._generator.get_state()}
+
+    def set_state(self, state: dict[str, Tensor]):
+        """Continue from a `get_state` of an environment with as many copies of the same robot."""
+        if state["qpos"].shape != self.qpos.shape:
+            raise ValueError(f"state has qpos {tuple(state['qpos'].shape)}, this environment {tuple(self.qpos.shape)}")
+        for name, value in state.items():
+            if name != "generator":
+                setattr(self, name, value.to(self.device).clone())
+        self._generator.set_state(state["generator"].cpu())

@@ -1,0 +1,493 @@
+"""MJCF -> constant tensors. MuJoCo parses the file and computes masses; here they are laid out for the batch.
+
+Joints are put into *groups*: joints of one kind that hang, one each, on the joints of one other group. Ant's
+four hips are one group and its four ankles another, so its four legs are simulated as one leg, four times as
+wide. Every tensor below has one row per joint of a group, `(n, 1)`, and broadcasts over environments `(n, B)`.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsim.spatial import Mat, Sym, Vec
+
+JOINT = {0: "free", 1: "ball", 2: "slide", 3: "hinge"}  # mujoco.mjtJoint
+GEOM = mujoco.mjtGeom
+HINGE_OR_SLIDE = ("hinge", "slide")
+
+
+class UnsupportedError(ValueError):
+    """The MJCF uses something that diffsim does not simulate; the message names it."""
+
+
+@dataclass(frozen=True)
+class Softness:
+    """The compliant law of contacts and joint limits (contact.py): one set for all robots.
+
+    Stiffness per point or joint is k = stiffness / (invweight0 timeconst^2) from the MJCF's solref and MuJoCo's
+    effective masses; damping is critical (times solref's damping ratio) at the reference depth.
+    """
+
+    stiffness: float = 2.4
+    contact_width: float = 0.003  # m, of the softplus
+    contact_depth: float = 0.005  # m, where the damping is critical
+    limit_width: float = 0.01  # rad or m
+    limit_depth: float = 0.03  # rad or m
+    slip: float = 0.02  # m/s, regularisation of Coulomb friction
+
+
+@dataclass
+class Contacts:
+    """The spheres of a group's links that can meet the ground, (p, n, 1): up to p on each of n links.
+
+    A link with fewer than p is filled up with spheres of zero stiffness, far above any ground.
+    """
+
+    point: Vec  # centre, in the link's frame
+    radius: Tensor  # with the margin, which inflates the geom as in MuJoCo
+    ground: Tensor  # height of the plane
+    k: Tensor  # N/m
+    damping: Tensor  # s/m, Hunt-Crossley
+    friction: Tensor
+    index: list[list[int]]  # [p][n] -> place in model.contact_names, or -1
+
+
+@dataclass
+class Group:
+    """Joints of one kind, one on each of the listed rows of the parent group (-1: the world)."""
+
+    kind: str
+    parent: int
+    parent_rows: list[int]
+    joints: list[int]  # MuJoCo joint ids
+    qpos: list[list[int]]  # [component][row] -> row of qpos
+    dofs: list[list[int]]  # [component][row] -> row of qvel
+    shifts_tree: bool  # a slide joint that moves a whole tree
+    # constant geometry, in the parent's frame then in this joint's
+    offset: Vec | None = None
+    rotation: Mat | None = None
+    axis: Vec | None = None
+    anchor: Vec | None = None  # of the rotation, None at the link's origin
+    q0: Tensor | None = None
+    # inertia of the link (zero where several joints share a body, for all but the last)
+    has_mass: bool = False
+    mass: Tensor | None = None
+    com: Vec | None = None
+    inertia: Sym | None = None
+    contacts: Contacts | None = None
+    # joint-space terms
+    armature: Tensor | None = None
+    damping: Tensor | None = None
+    stiffness: Tensor | None = None
+    spring_ref: Tensor | None = None
+    limited: bool = False
+    limit_low: Tensor | None = None
+    limit_high: Tensor | None = None
+    limit_k: Tensor | None = None
+    limit_damping: Tensor | None = None
+    servo_kp: Tensor | None = None  # position actuators: force kp q + kv v, both negative or zero
+    servo_kv: Tensor | None = None
+
+
+@dataclass
+class Model:
+    """A robot as constant tensors. `mj_model` is the compiled MuJoCo model all numbers come from."""
+
+    mj_model: mujoco.MjModel
+    groups: list[Group]
+    gear: Tensor  # (nv, nu): generalised force of a unit control, N m or N
+    bias: Tensor  # (nv, 1): force of the actuators at zero control, position and velocity
+    ctrl_low: Tensor  # (nu, 1)
+    ctrl_high: Tensor
+    gravity: Vec
+    contact_names: list[str]  # geom of every contact point
+    softness: Softness
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def timestep(self) -> float:
+        return float(self.mj_model.opt.timestep)
+
+    @property
+    def nq(self) -> int:
+        return self.mj_model.nq
+
+    @property
+    def nv(self) -> int:
+        return self.mj_model.nv
+
+    @property
+    def nu(self) -> int:
+        return self.mj_model.nu
+
+    def without_contacts(self) -> "Model":
+        """The same robot with nothing to touch."""
+        return replace(self, groups=[replace(g, contacts=None) for g in self.groups], contact_names=[])
+
+
+def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softness=Softness()) -> Model:
+    """Load an MJCF file or string.
+
+    Args: `xml` a path or a string that holds `<mujoco`; `timestep` replaces the file's, seconds.
+    Raises: ValueError when MuJoCo cannot read it, UnsupportedError naming the first element diffsim lacks.
+    """
+    text = isinstance(xml, str) and "<mujoco" in xml
+    name = "<string>" if text else str(xml)
+    if not text and not Path(xml).is_file():
+        raise ValueError(f"cannot read MJCF {name}: no such file")
+    try:
+        spec = mujoco.MjSpec.from_string(xml) if text else mujoco.MjSpec.from_file(str(xml))
+        mj_model = spec.compile()
+    except (ValueError, mujoco.FatalError) as e:
+        raise ValueError(f"cannot read MJCF {name}: {' '.join(str(e).split())}") from None
+    if timestep is not None:
+        mj_model.opt.timestep = timestep
+    _check(mj_model, name)
+    return build_model(mj_model, softness, device, dtype)
+
+
+def build_model(mj_model: mujoco.MjModel, softness: Softness, device, dtype) -> Model:
+    """Constant tensors of a compiled MuJoCo model that `load_model` accepts."""
+    return _Builder(mj_model, softness, torch.device(device), dtype).build()
+
+
+def _label(m, kind, i) -> str:
+    return f"{kind} '{getattr(m, kind)(i).name or i}'"
+
+
+def _check(m: mujoco.MjModel, name: str):
+    """Raise on everything that would move the robot differently and that diffsim does not simulate."""
+
+    def no(what, instead=""):
+        raise UnsupportedError(f"{name}: {what} is not supported by diffsim" + (f"; {instead}" if instead else ""))
+
+    for count, what in (
+        (m.neq, "an equality constraint"), (m.nflex, "a flex"), (m.nplugin, "a plugin"),
+        (m.nmocap, "a mocap body"), (m.npair, "an explicit contact pair"), (m.ngravcomp, "gravcomp"),
+    ):  # fmt: skip
+        if count:
+            no(what)
+    for i in range(m.ntendon):  # one that only measures does not matter
+        acts = (m.tendon_limited, m.tendon_stiffness, m.tendon_damping, m.tendon_frictionloss, m.tendon_armature)
+        if any(np.any(a[i]) for a in acts):
+            no(f"the {_label(m, 'tendon', i)}")
+    if m.opt.density > 0 or m.opt.viscosity > 0:
+        no("a fluid (option density, viscosity)")
+    if m.opt.wind.any():
+        no("wind")
+    if m.nv == 0:
+        no("a model without joints")
+    for i in range(m.njnt):
+        frictionless = m.dof_frictionloss[m.jnt_dofadr[i]] == 0
+        if not frictionless:
+            no(f"frictionloss of {_label(m, 'joint', i)}", "use damping")
+        if m.jnt_limited[i] and JOINT[m.jnt_type[i]] == "ball":
+            no(f"the range of ball {_label(m, 'joint', i)}", "use three hinges")
+    for i in range(m.nu):
+        if int(m.actuator_trntype[i]) not in (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT):
+            no(f"the transmission of {_label(m, 'actuator', i)}", "drive a joint")
+        if int(m.actuator_dyntype[i]) != mujoco.mjtDyn.mjDYN_NONE:
+            no(f"the activation dynamics of {_label(m, 'actuator', i)}", "use <motor> or <position>")
+        if int(m.actuator_gaintype[i]) != mujoco.mjtGain.mjGAIN_FIXED:
+            no(f"the gain type of {_label(m, 'actuator', i)}", "use <motor> or <position>")
+        if int(m.actuator_biastype[i]) not in (mujoco.mjtBias.mjBIAS_NONE, mujoco.mjtBias.mjBIAS_AFFINE):
+            no(f"the bias type of {_label(m, 'actuator', i)}", "use <motor> or <position>")
+        joint = m.actuator_trnid[i, 0]
+        if JOINT[m.jnt_type[joint]] in ("free", "ball") and int(m.actuator_biastype[i]) != mujoco.mjtBias.mjBIAS_NONE:
+            no(f"{_label(m, 'actuator', i)}, a servo on a {JOINT[m.jnt_type[joint]]} joint", "use <motor>")
+        if m.actuator_forcelimited[i]:
+            no(f"the forcerange of {_label(m, 'actuator', i)}", "limit ctrlrange")
+    for i in range(m.njnt):
+        if m.jnt_actfrclimited[i]:
+            no(f"the actuatorfrcrange of {_label(m, 'joint', i)}", "limit ctrlrange")
+    for moving in (g for g in range(m.ngeom) if m.body_weldid[m.geom_bodyid[g]]):
+        for fixed in (g for g in range(m.ngeom) if not m.body_weldid[m.geom_bodyid[g]]):
+            if not _collide(m, moving, fixed):
+                continue
+            if int(m.geom_type[fixed]) != GEOM.mjGEOM_PLANE:
+                no(f"contact with the fixed {_label(m, 'geom', fixed)}", "only planes; or set contype=conaffinity=0")
+            if abs(m.geom_quat[fixed][1:3]).max() > 1e-9 or abs(m.body_quat[m.geom_bodyid[fixed]][1:3]).max() > 1e-9:
+                no(f"the tilted plane {_label(m, 'geom', fixed)}", "keep it level and tilt gravity")
+            if int(m.geom_type[moving]) not in (GEOM.mjGEOM_SPHERE, GEOM.mjGEOM_CAPSULE, GEOM.mjGEOM_BOX):
+                kind = GEOM(m.geom_type[moving]).name.removeprefix("mjGEOM_").lower()
+                no(f"contact of {_label(m, 'geom', moving)} ({kind})", "use sphere, capsule or box")
+
+
+def _collide(m, a, b) -> bool:
+    return bool((m.geom_contype[a] & m.geom_conaffinity[b]) | (m.geom_contype[b] & m.geom_conaffinity[a]))
+
+
+class _Builder:
+    def __init__(self, m, softness, device, dtype):
+        self.m, self.softness, self.device, self.dtype = m, softness, device, dtype
+        self.data = mujoco.MjData(m)
+        mujoco.mj_kinematics(m, self.data)  # frames at qpos0: only relative poses of welded bodies are read
+
+    def column(self, values) -> Tensor:
+        return torch.tensor(np.asarray(values, float), device=self.device, dtype=self.dtype).reshape(-1, 1)
+
+    def vec(self, rows) -> Vec:
+        return Vec(*(self.column(c) for c in np.asarray(rows, float).reshape(-1, 3).T))
+
+    # --- the tree -------------------------------------------------------------------------------------------
+    def link_of_body(self, body) -> int:
+        """Last joint that moves `body` (or its welded parents); -1 for the world."""
+        m = self.m
+        while body and m.body_jntnum[body] == 0:
+            body = m.body_parentid[body]
+        return m.body_jntadr[body] + m.body_jntnum[body] - 1 if body else -1
+
+    def parent_joint(self, j) -> int:
+        body = self.m.jnt_bodyid[j]
+        return j - 1 if j > self.m.body_jntadr[body] else self.link_of_body(self.m.body_parentid[body])
+
+    def in_link(self, body):
+        """Pose of a (possibly welded) body in the frame of its link: position (3,), rotation (3, 3)."""
+        m, pos, rot = self.m, np.zeros(3), np.eye(3)
+        while body and m.body_jntnum[body] == 0:
+            r = np.zeros(9)
+            mujoco.mju_quat2Mat(r, m.body_quat[body])
+            r = r.reshape(3, 3)
+            pos, rot = m.body_pos[body] + r @ pos, r @ rot
+            body = m.body_parentid[body]
+        return pos, rot
+
+    def make_groups(self) -> list[Group]:
+        """Collect, level by level, the k-th child of one kind of each joint of a parent group."""
+        m = self.m
+        children = {j: [] for j in range(-1, m.njnt)}
+        for j in range(m.njnt):
+            children[self.parent_joint(j)].append(j)
+        groups, todo = [], [(-1, [-1])]
+        for index, joints in todo:  # grows while we walk it
+            packs: dict = {}
+            for row, p in enumerate(joints):
+                seen: dict = {}
+                for c in children[p]:
+                    kind = JOINT[m.jnt_type[c]]
+                    lead = kind == "slide" and (index < 0 or groups[index].shifts_tree)
+                    # children of a lone joint all go together; else one for every parent
+                    key = (kind, lead, 0 if len(joints) == 1 else seen.setdefault(kind, 0))
+                    seen[kind] = seen.get(kind, 0) + 1
+                    packs.setdefault(key, []).append((row, c))
+            for (kind, lead, _), members in packs.items():
+                g = [c for _, c in members]
+                nq, nd = {"free": (7, 6), "ball": (4, 3)}.get(kind, (1, 1))
+                groups.append(Group(
+                    kind, index, [row for row, _ in members], g, shifts_tree=lead,
+                    qpos=[[int(m.jnt_qposadr[c]) + k for c in g] for k in range(nq)],
+                    dofs=[[int(m.jnt_dofadr[c]) + k for c in g] for k in range(nd)],
+                ))  # fmt: skip
+                todo.append((len(groups) - 1, g))
+        return groups
+
+    # --- constants of one group -----------------------------------------------------------------------------
+    def fill(self, g: Group):
+        m, joints = self.m, g.joints
+        first = [m.body_jntadr[m.jnt_bodyid[j]] == j for j in joints]
+        pos, rot = [], []
+        for j, is_first in zip(joints, first):
+            p, r = np.zeros(3), np.eye(3)
+            if is_first:  # else: same body as the joint before, identity
+                body = m.jnt_bodyid[j]
+                mujoco.mju_quat2Mat(flat := np.zeros(9), m.body_quat[body])
+                wp, wr = self.in_link(m.body_parentid[body])
+                p, r = wp + wr @ m.body_pos[body], wr @ flat.reshape(3, 3)
+            pos.append(p)
+            rot.append(r)
+        rot = np.stack(rot)
+        g.offset = self.vec(pos)
+        if abs(rot - np.eye(3)).max() > 1e-12:
+            g.rotation = Mat(*(self.vec(rot[:, :, c]) for c in range(3)))
+        g.axis = self.vec(m.jnt_axis[joints])
+        if m.jnt_pos[joints].any():
+            g.anchor = self.vec(m.jnt_pos[joints])
+        g.q0 = self.column(m.qpos0[m.jnt_qposadr[joints]])
+        self.fill_inertia(g)
+        self.fill_contacts(g)
+        dof = m.jnt_dofadr[joints]
+        g.armature = self.column(m.dof_armature[dof])
+        if m.dof_damping[dof].any():
+            g.damping = self.column(m.dof_damping[dof])
+        if m.jnt_stiffness[joints].any():
+            if g.kind in ("free", "ball"):
+                raise UnsupportedError(f"stiffness of {_label(m, 'joint', joints[0])} ({g.kind}) is not supported")
+            g.stiffness = self.column(m.jnt_stiffness[joints])
+            g.spring_ref = self.column(m.qpos_spring[m.jnt_qposadr[joints]])
+        limited = m.jnt_limited[joints].astype(bool)
+        if limited.any():
+            g.limited = True
+            timeconst, ratio = self.solref(m.jnt_solref[joints])
+            k = self.softness.stiffness / (np.maximum(m.dof_invweight0[dof], 1e-9) * timeconst**2)
+            g.limit_k = self.column(np.where(limited, k, 0))
+            g.limit_damping = self.column(self.hunt_crossley(timeconst, ratio, self.softness.limit_depth))
+            margin = m.jnt_margin[joints]
+            g.limit_low = self.column(np.where(limited, m.jnt_range[joints, 0] + margin, -1e6))
+            g.limit_high = self.column(np.where(limited, m.jnt_range[joints, 1] - margin, 1e6))
+
+    def solref(self, solref):
+        """(time constant, damping ratio); MuJoCo's negative form is (-stiffness, -damping) per unit mass."""
+        solref = np.asarray(solref, float).reshape(-1, 2)
+        direct = solref[:, 0] < 0
+        stiffness = np.where(direct, -solref[:, 0], 1.0)
+        timeconst = np.where(direct, 1 / np.sqrt(stiffness), solref[:, 0])
+        ratio = np.where(direct, -solref[:, 1] / (2 * np.sqrt(stiffness)), solref[:, 1])
+        return timeconst, ratio
+
+    def hunt_crossley(self, timeconst, ratio, depth):
+        """d such that k depth d = 2 ratio sqrt(k mass): with k = c mass / timeconst^2 the mass cancels."""
+        return 2 * ratio * timeconst / (np.sqrt(self.softness.stiffness) * depth)
+
+    def fill_inertia(self, g: Group):
+        m, n = self.m, len(g.joints)
+        mass, com, inertia = np.zeros(n), np.zeros((n, 3)), np.zeros((n, 3, 3))
+        for row, j in enumerate(g.joints):
+            parts = []
+            for body in range(1, m.nbody):
+                if self.link_of_body(body) != j:
+                    continue
+                p, r = self.in_link(body)
+                mujoco.mju_quat2Mat(flat := np.zeros(9), m.body_iquat[body])
+                ri = r @ flat.reshape(3, 3)
+                parts.append((m.body_mass[body], p + r @ m.body_ipos[body], ri @ np.diag(m.body_inertia[body]) @ ri.T))
+            mass[row] = sum(w for w, _, _ in parts)
+            if mass[row] > 0:
+                com[row] = sum(w * c for w, c, _ in parts) / mass[row]
+            for w, c, i in parts:  # parallel axes
+                d = c - com[row]
+                inertia[row] += i + w * (d @ d * np.eye(3) - np.outer(d, d))
+        g.has_mass = bool(mass.any())
+        g.mass, g.com = self.column(mass), self.vec(com)
+        g.inertia = Sym(*(self.column(inertia[:, i, k]) for i, k in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))))
+
+    def fill_contacts(self, g: Group):
+        per_link = [self.contact_points(j) for j in g.joints]
+        p, n = max(map(len, per_link)), len(per_link)
+        if p == 0:
+            return
+        index = [[-1] * n for _ in range(p)]
+        table = np.zeros((p, n, 8))  # point, radius, ground, k, damping, friction
+        table[:, :, 4], table[:, :, 6] = -1e3, 1.0
+        for row, points in enumerate(per_link):
+            for i, (name, point, *numbers) in enumerate(points):
+                table[i, row] = [*point, *numbers]
+                index[i][row] = len(self.contact_names)
+                self.contact_names.append(name)
+        columns = torch.tensor(table, device=self.device, dtype=self.dtype).unbind(-1)
+        x, y, z, *rest = (c.unsqueeze(-1) for c in columns)
+        g.contacts = Contacts(Vec(x, y, z), *rest, index)
+
+    def contact_points(self, joint) -> list[tuple]:
+        """(name, point, radius, ground, k, damping, friction) of every sphere of the link that can meet a plane."""
+        m, found = self.m, []
+        planes = [p for p in range(m.ngeom) if int(m.geom_type[p]) == GEOM.mjGEOM_PLANE and not m.geom_bodyid[p]]
+        for geom in range(m.ngeom):
+            body = m.geom_bodyid[geom]
+            if not body or self.link_of_body(body) != joint:
+                continue
+            p, r = self.in_link(body)
+            mujoco.mju_quat2Mat(flat := np.zeros(9), m.geom_quat[geom])
+            r_geom, size = r @ flat.reshape(3, 3), m.geom_size[geom]
+            center = p + r @ m.geom_pos[geom]
+            if int(m.geom_type[geom]) == GEOM.mjGEOM_SPHERE:
+                points, radius = [center], size[0]
+            elif int(m.geom_type[geom]) == GEOM.mjGEOM_CAPSULE:
+                points, radius = [center + s * size[1] * r_geom[:, 2] for s in (-1, 1)], size[0]
+            else:  # box
+                corners = np.stack(np.meshgrid(*[[-1, 1]] * 3), -1).reshape(8, 3)
+                points, radius = list(center + (corners * size) @ r_geom.T), 0.0
+            for plane in planes:
+                if not _collide(m, geom, plane):
+                    continue
+                margin = self.margin(geom, plane)
+                timeconst, ratio = self.solref(self.mixed_solref(geom, plane))
+                invweight = m.body_invweight0[body, 0]
+                k = self.softness.stiffness / (max(invweight, 1e-9) * timeconst[0] ** 2)
+                damping = self.hunt_crossley(timeconst, ratio, self.softness.contact_depth)[0]
+                friction = self.friction(geom, plane)
+                ground = self.data.geom_xpos[plane, 2]
+                label = m.geom(geom).name or f"geom {geom}"
+                found += [(label, x, radius + margin, ground, k, damping, friction) for x in points]
+        # A sphere inside another of the same link can never be the one that touches first.
+        def hidden(i, a):
+            return any(
+                (inside := np.linalg.norm(a[1] - b[1]) + a[2] - b[2]) < -1e-9 or (abs(inside) <= 1e-9 and j < i)
+                for j, b in enumerate(found) if j != i and a[3] == b[3]
+            )  # fmt: skip
+
+        return [a for i, a in enumerate(found) if not hidden(i, a)]
+
+    def margin(self, geom, plane) -> float:
+        m = self.m
+        combined = m.geom_margin[geom] + m.geom_margin[plane]  # MuJoCo >= 4 adds them, earlier versions take the max
+        if int(mujoco.__version__.split(".")[0]) < 4:
+            combined = max(m.geom_margin[geom], m.geom_margin[plane])
+        return float(combined)
+
+    def mixed_solref(self, geom, plane):
+        """MuJoCo's rule: the higher priority decides, else the average weighted by solmix."""
+        m = self.m
+        if m.geom_priority[geom] != m.geom_priority[plane]:
+            return m.geom_solref[max((geom, plane), key=lambda g: m.geom_priority[g])]
+        a, b = m.geom_solmix[geom], m.geom_solmix[plane]
+        w = a / (a + b) if a + b > 0 else 0.5
+        return w * m.geom_solref[geom] + (1 - w) * m.geom_solref[plane]
+
+    def friction(self, geom, plane) -> float:
+        m = self.m
+        if m.geom_priority[geom] != m.geom_priority[plane]:
+            geom = plane = max((geom, plane), key=lambda g: m.geom_priority[g])
+        if max(m.geom_condim[geom], m.geom_condim[plane]) == 1:
+            return 0.0
+        return float(max(m.geom_friction[geom, 0], m.geom_friction[plane, 0]))
+
+    # --- actuators ------------------------------------------------------------------------------------------
+    def build(self) -> Model:
+        m = self.m
+        self.contact_names: list[str] = []
+        groups = self.make_groups()
+        for g in groups:
+            self.fill(g)
+        self.warn_about_self_collision()
+        moment = np.zeros((m.nv, m.nu))
+        for i in range(m.nu):
+            joint = m.actuator_trnid[i, 0]
+            dof = m.jnt_dofadr[joint]
+            width = {"free": 6, "ball": 3}.get(JOINT[m.jnt_type[joint]], 1)
+            moment[dof : dof + width, i] = m.actuator_gear[i, :width]
+        servo = m.actuator_biastype == int(mujoco.mjtBias.mjBIAS_AFFINE)
+        if servo.any():  # force gear (b0 + b1 gear q + b2 gear v)
+            b0, b1, b2 = (np.where(servo, m.actuator_biasprm[:, c], 0) for c in range(3))
+            for g in groups:
+                if g.kind in ("hinge", "slide"):
+                    dof = m.jnt_dofadr[g.joints]
+                    g.servo_kp, g.servo_kv = (self.column((moment[dof] ** 2) @ b) for b in (b1, b2))
+        else:
+            b0 = np.zeros(m.nu)
+        limited = m.actuator_ctrllimited.astype(bool)
+        gear = moment * m.actuator_gainprm[:, 0]
+        return Model(
+            mj_model=m, groups=groups,
+            gear=torch.tensor(gear, device=self.device, dtype=self.dtype), bias=self.column(moment @ b0),
+            ctrl_low=self.column(np.where(limited, m.actuator_ctrlrange[:, 0], -np.inf)),
+            ctrl_high=self.column(np.where(limited, m.actuator_ctrlrange[:, 1], np.inf)),
+            gravity=self.vec(m.opt.gravity), contact_names=self.contact_names,
+            softness=self.softness, device=self.device, dtype=self.dtype,
+        )  # fmt: skip
+
+    def warn_about_self_collision(self):
+        m = self.m
+        moving = [g for g in range(m.ngeom) if self.link_of_body(m.geom_bodyid[g]) >= 0]
+        pairs = [
+            (a, b) for i, a in enumerate(moving) for b in moving[i + 1 :]
+            if _collide(m, a, b) and self.link_of_body(m.geom_bodyid[a]) != self.link_of_body(m.geom_bodyid[b])
+        ]  # fmt: skip
+        if pairs:
+            names = " and ".join(_label(m, "geom", g) for g in pairs[0])
+            warnings.warn(f"contact between moving geoms is ignored ({len(pairs)} pairs, {names} first)", stacklevel=4)

@@ -1,0 +1,161 @@
+"""Three-dimensional algebra on components.
+
+A vector is three tensors, not one tensor with a leading 3: every operation below is then elementwise over
+`(n, B)` - n joints of one kind, B environments - and the compiler can fuse a whole leg of a robot into one
+loop over environments. In the same spirit a symmetric matrix is its six entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Vec(NamedTuple):
+    """A 3-D vector; every component has shape (n, B) or broadcasts to it."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+
+    def __add__(self, o):
+        return Vec(self.x + o.x, self.y + o.y, self.z + o.z)
+
+    def __sub__(self, o):
+        return Vec(self.x - o.x, self.y - o.y, self.z - o.z)
+
+    def __mul__(self, s):  # vector * scalar
+        return Vec(self.x * s, self.y * s, self.z * s)
+
+    def __neg__(self):
+        return Vec(-self.x, -self.y, -self.z)
+
+    def dot(self, o):
+        return self.x * o.x + self.y * o.y + self.z * o.z
+
+    def cross(self, o):
+        return Vec(
+            self.y * o.z - self.z * o.y,
+            self.z * o.x - self.x * o.z,
+            self.x * o.y - self.y * o.x,
+        )
+
+    def map(self, f):
+        return Vec(f(self.x), f(self.y), f(self.z))
+
+
+class Mat(NamedTuple):
+    """A 3x3 matrix by its columns."""
+
+    a: Vec
+    b: Vec
+    c: Vec
+
+    def __matmul__(self, o):  # matrix @ vector, matrix @ matrix
+        if isinstance(o, Mat):
+            return Mat(self @ o.a, self @ o.b, self @ o.c)
+        return self.a * o.x + self.b * o.y + self.c * o.z
+
+    def transpose_times(self, v: Vec) -> Vec:
+        return Vec(self.a.dot(v), self.b.dot(v), self.c.dot(v))
+
+    def map(self, f):
+        return Mat(self.a.map(f), self.b.map(f), self.c.map(f))
+
+
+class Sym(NamedTuple):
+    """A symmetric 3x3 matrix by its six different entries."""
+
+    xx: Tensor
+    yy: Tensor
+    zz: Tensor
+    xy: Tensor
+    xz: Tensor
+    yz: Tensor
+
+    def __matmul__(self, v: Vec) -> Vec:
+        return Vec(
+            self.xx * v.x + self.xy * v.y + self.xz * v.z,
+            self.xy * v.x + self.yy * v.y + self.yz * v.z,
+            self.xz * v.x + self.yz * v.y + self.zz * v.z,
+        )
+
+    def __add__(self, o):
+        return Sym(*(p + q for p, q in zip(self, o)))
+
+    def rotated(self, r: Mat) -> "Sym":
+        """R I R^T: the same inertia seen from the world's axes."""
+        p, q, s = r.a, r.b, r.c
+        u = p * self.xx + q * self.xy + s * self.xz  # columns of R I
+        v = p * self.xy + q * self.yy + s * self.yz
+        w = p * self.xz + q * self.yz + s * self.zz
+
+        def entry(i, j):
+            return u[i] * p[j] + v[i] * q[j] + w[i] * s[j]
+
+        return Sym(entry(0, 0), entry(1, 1), entry(2, 2), entry(0, 1), entry(0, 2), entry(1, 2))
+
+
+class Spatial(NamedTuple):
+    """A twist (angular, linear velocity of the point at the origin) or a wrench (moment about the origin, force)."""
+
+    ang: Vec
+    lin: Vec
+
+    def __add__(self, o):
+        return Spatial(self.ang + o.ang, self.lin + o.lin)
+
+    def __sub__(self, o):
+        return Spatial(self.ang - o.ang, self.lin - o.lin)
+
+    def __mul__(self, s):
+        return Spatial(self.ang * s, self.lin * s)
+
+    def dot(self, o):
+        return self.ang.dot(o.ang) + self.lin.dot(o.lin)
+
+    def at(self, point: Vec) -> Vec:
+        """Velocity of `point` moving with this twist."""
+        return self.lin + self.ang.cross(point)
+
+    def map(self, f):
+        return Spatial(self.ang.map(f), self.lin.map(f))
+
+
+def quat_to_mat(w, x, y, z) -> Mat:
+    """Rotation matrix of a quaternion, which is normalised first (so derivatives exist off the unit sphere)."""
+    scale = torch.rsqrt(w * w + x * x + y * y + z * z)
+    w, x, y, z = w * scale, x * scale, y * scale, z * scale
+    return Mat(
+        Vec(1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)),
+        Vec(2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)),
+        Vec(2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)),
+    )
+
+
+def axis_angle_to_mat(axis: Vec, angle) -> Mat:
+    """Rodrigues' formula, by columns."""
+    c, s = torch.cos(angle), torch.sin(angle)
+    t = 1 - c
+    x, y, z = axis
+    return Mat(
+        Vec(c + t * (x * x), t * (x * y) + s * z, t * (x * z) - s * y),
+        Vec(t * (x * y) - s * z, c + t * (y * y), t * (y * z) + s * x),
+        Vec(t * (x * z) + s * y, t * (y * z) - s * x, c + t * (z * z)),
+    )
+
+
+def quat_integrate(q, omega: Vec, h: float):
+    """q * exp(h omega / 2), normalised: omega in the body's frame, constant over the step."""
+    w, x, y, z = q
+    angle2 = omega.dot(omega) * (h * h)
+    angle = torch.sqrt(angle2 + 1e-24)  # sqrt'(0) is infinite: keep away from it
+    half_sinc = torch.sin(0.5 * angle) / angle  # -> 1/2
+    c = torch.cos(0.5 * angle)
+    ex, ey, ez = omega * (h * half_sinc)
+    nw = w * c - x * ex - y * ey - z * ez
+    nx = w * ex + x * c + y * ez - z * ey
+    ny = w * ey - x * ez + y * c + z * ex
+    nz = w * ez + x * ey - y * ex + z * c
+    scale = torch.rsqrt(nw * nw + nx * nx + ny * ny + nz * nz)
+    return nw * scale, nx * scale, ny * scale, nz * scale
