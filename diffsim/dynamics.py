@@ -229,7 +229,9 @@ def assemble(model: Model, frames: list[Frame], qpos: Tensor, qvel: Tensor, qfrc
             jump = g.armature * speed + h * push
             if g.limited:
                 _, w_low, j_low = normal_law(q - g.limit_low, speed, g.limit_k, g.limit_damping, soft.limit_width, h)
-                _, w_high, j_high = normal_law(g.limit_high - q, -speed, g.limit_k, g.limit_damping, soft.limit_width, h)
+                _, w_high, j_high = normal_law(
+                    g.limit_high - q, -speed, g.limit_k, g.limit_damping, soft.limit_width, h
+                )
                 weight, jump = weight + w_low + w_high, jump + j_low - j_high
             diagonal.append(weight)
             joint_impulse.append(jump)
@@ -460,12 +462,15 @@ class Step(torch.autograd.Function):
     def backward(ctx, grad_qpos, grad_qvel):
         qfrc, x, *states = ctx.saved_tensors
         grad_qfrc = torch.zeros_like(qfrc)
+        # Nothing in, nothing out: an environment whose state was thrown away may hold inf, and 0 * inf is NaN.
+        unused = (grad_qpos == 0).all(0) & (grad_qvel == 0).all(0)
         for i in reversed(range(0, len(states), 2)):
             qpos, qvel = states[i : i + 2]
             grad_qpos, grad_qvel, g = ctx.backward_substep(qpos, qvel, qfrc, x, grad_qpos, grad_qvel)
             grad_qfrc = grad_qfrc + g
             x = qvel
-        return grad_qpos, grad_qvel, grad_qfrc, None, None, None
+        grads = (torch.where(unused, 0.0, g) for g in (grad_qpos, grad_qvel, grad_qfrc))
+        return *grads, None, None, None
 
 
 def actuator_force(model: Model, ctrl: Tensor) -> Tensor:

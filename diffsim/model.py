@@ -126,6 +126,12 @@ class Model:
     def nu(self) -> int:
         return self.mj_model.nu
 
+    def without_margins(self) -> "Model":
+        """The same robot measured by its geoms as they are drawn."""
+        bare = self.mj_model.__copy__()
+        bare.geom_margin[:] = 0
+        return build_model(bare, self.softness, self.device, self.dtype)
+
     def without_contacts(self) -> "Model":
         """The same robot with nothing to touch."""
         return replace(self, groups=[replace(g, contacts=None) for g in self.groups], contact_names=[])
@@ -414,6 +420,7 @@ class _Builder:
                 ground = self.data.geom_xpos[plane, 2]
                 label = m.geom(geom).name or f"geom {geom}"
                 found += [(label, x, radius + margin, ground, k, damping, friction) for x in points]
+
         # A sphere inside another of the same link can never be the one that touches first.
         def hidden(i, a):
             return any(

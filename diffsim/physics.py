@@ -39,6 +39,8 @@ INDUCTOR = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
 
+KINDS = ("forward", "backward")
+
 
 class DiffsimPhysics:
     """`step` holds a control for `substeps` of `model.timestep`; differentiable."""
@@ -54,14 +56,11 @@ class DiffsimPhysics:
 
         self.forward, self.backward = forward, backward
         if compile and compiler_available(model.device):
-            self.forward, self.backward = (load_or_build(model, num_envs, kind) for kind in KINDS)
+            self.forward, self.backward = load_or_build(model, num_envs)
 
     def step(self, qpos: Tensor, qvel: Tensor, qfrc: Tensor) -> tuple[Tensor, Tensor]:
         """(nq, B), (nv, B) and actuator forces (nv, B) -> qpos, qvel after `substeps`."""
         return Step.apply(qpos, qvel, qfrc, self.forward, self.backward, self.substeps)
-
-
-KINDS = ("forward", "backward")
 
 
 def compiler_available(device: torch.device) -> bool:
@@ -76,13 +75,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFSIM_CACHE", Path.home() / ".cache" / "diffsim"))
 
 
-def load_or_build(model: Model, num_envs: int, kind: str):
-    """The compiled substep ("forward" or "backward") for this robot, batch, precision, device and thread count."""
+def load_or_build(model: Model, num_envs: int):
+    """The compiled forward and backward substep for this robot, batch, precision, device and thread count."""
     paths = {k: cache_dir() / f"{_key(model, num_envs)}-{k}.pt2" for k in KINDS}
     missing = [k for k in KINDS if not paths[k].exists()]
     if missing:
         start = time.time()
-        print(f"compiling the physics for {num_envs} environments, about a minute, once ...", file=sys.stderr, flush=True)
+        print(
+            f"compiling the physics for {num_envs} environments, about a minute, once ...", file=sys.stderr, flush=True
+        )
         with tempfile.TemporaryDirectory() as folder:
             binary = os.path.join(folder, "model.mjb")
             mujoco.mj_saveModel(model.mj_model, binary)
@@ -99,7 +100,7 @@ def load_or_build(model: Model, num_envs: int, kind: str):
             if child is not None and child.wait():
                 raise RuntimeError("compiling the physics failed (see above); --no-compile runs without")
         print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    return torch._inductor.aoti_load_package(str(paths[kind]))
+    return [torch._inductor.aoti_load_package(str(paths[kind])) for kind in KINDS]
 
 
 def _key(model: Model, num_envs: int) -> str:
@@ -124,7 +125,12 @@ def _build(model: Model, num_envs: int, kind: str, path: Path):
 
     qpos, qvel = zeros(model.nq), zeros(model.nv)
     function = {"forward": forward_substep, "backward": backward_substep}[kind]
-    inputs = (qpos, qvel, zeros(model.nv), *((zeros(model.nv), zeros(model.nq), zeros(model.nv)) if kind == "backward" else ()))
+    inputs = (
+        qpos,
+        qvel,
+        zeros(model.nv),
+        *((zeros(model.nv), zeros(model.nq), zeros(model.nv)) if kind == "backward" else ()),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     gc.disable()  # half a million small objects that all live until the end
     try:

@@ -1,0 +1,151 @@
+"""Watch a trained policy, and measure it: python -m diffsim.play RUN_OR_POLICY [--physics mujoco] [--video ant.mp4]"""
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+import diffsim
+from diffsim.dynamics import contact_points
+
+
+@dataclass
+class Args:
+    policy: Annotated[str, tyro.conf.Positional]
+    """run folder, or policy.pt2"""
+    physics: Literal["diffsim", "mujoco"] = "diffsim"
+    """engine to run on"""
+    episodes: int = 10
+    """episodes to average"""
+    seed: int = 0
+    """seed of the initial states"""
+    video: str | None = None
+    """write the first episode as .mp4, and a strip of frames beside it as .png"""
+    compile: bool = False
+    """compile the physics (a minute, once): worth it for hundreds of episodes"""
+
+
+def load_policy(path) -> tuple[torch.nn.Module, str]:
+    """The exported policy, obs (B, obs_dim) -> action (B, act_dim), and the name of its environment."""
+    path = Path(path)
+    path = path / "policy.pt2" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"no policy at {path}")
+    extra = {"env": ""}
+    try:
+        program = torch.export.load(path, extra_files=extra)
+    except Exception as e:
+        raise ValueError(f"{path} is not a readable policy ({type(e).__name__})") from None
+    name = extra["env"].decode() if isinstance(extra["env"], bytes) else extra["env"]
+    return program.module(), name
+
+
+@torch.no_grad()
+def rollout(env, policy, seed: int = 0) -> dict[str, np.ndarray]:
+    """One episode of every environment. Returns per episode (B,): return, length, speed (m/s along x),
+    limit_violation (rad or m past a joint's stop), penetration (m of a geom into the ground), and the qpos of
+    environment 0 (T, nq)."""
+    free = env.model.without_margins()
+    obs, _ = env.reset(seed=seed)
+    batch, m = env.num_envs, env.model.mj_model
+    running = torch.ones(batch, dtype=torch.bool)
+    total, length = torch.zeros(batch), torch.zeros(batch)
+    violation, depth = torch.zeros(batch), torch.zeros(batch)
+    start, end = env.qpos[0].clone(), env.qpos[0].clone()
+    limited = np.flatnonzero(m.jnt_limited & (m.jnt_type >= 2))
+    rows = torch.as_tensor(m.jnt_qposadr[limited], dtype=torch.long)
+    low, high = (torch.as_tensor(m.jnt_range[limited, i], dtype=env.dtype)[:, None] for i in (0, 1))
+    frames = [env.qpos[:, 0].numpy().copy()]
+    for _ in range(env.max_episode_steps):
+        obs, reward, terminated, truncated, info = env.step(policy(obs))
+        total += torch.where(running, reward, 0.0)
+        length += running
+        going = running & ~(terminated | truncated)  # the rest has been reset, its state is a new episode's
+        q = env.qpos
+        if len(limited):
+            over = torch.maximum(low - q[rows], q[rows] - high).amax(0)
+            violation = torch.where(going, torch.maximum(violation, over), violation)
+        gap, _ = contact_points(free, q, env.qvel)
+        if len(gap):
+            depth = torch.where(going, torch.maximum(depth, -gap.amin(0)), depth)
+        end = torch.where(going, q[0], end)
+        running = going
+        if bool(running[0]):
+            frames.append(q[:, 0].numpy().copy())
+        if not running.any():
+            break
+    values = dict(length=length, speed=(end - start) / (length * env.control_dt))
+    values |= {"return": total, "limit_violation": violation, "penetration": depth}
+    return {**{k: v.numpy() for k, v in values.items()}, "qpos": np.stack(frames)}
+
+
+def render(env, qpos: np.ndarray, path: str, width: int = 640, height: int = 480):
+    """Write frames (T, nq) as a video at real speed, and eight of them as a strip, path with .png."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    import mujoco
+
+    m = env.model.mj_model
+    try:
+        renderer = mujoco.Renderer(m, height, width)
+    except Exception as e:
+        raise ValueError(
+            f"no headless OpenGL ({type(e).__name__}): install libegl1 and libgl1 (or libosmesa6 and MUJOCO_GL=osmesa)"
+        ) from None
+    import imageio_ffmpeg
+
+    data, camera = mujoco.MjData(m), mujoco.MjvCamera()
+    camera.distance, camera.elevation, camera.azimuth = 4.0, -20, 90
+    writer = imageio_ffmpeg.write_frames(path, (width, height), fps=round(1 / env.control_dt))
+    writer.send(None)
+    strip = []
+    for t, q in enumerate(qpos):
+        data.qpos[:] = q
+        mujoco.mj_kinematics(m, data)
+        camera.lookat[:] = data.xpos[1]
+        renderer.update_scene(data, camera)
+        frame = renderer.render()
+        writer.send(np.ascontiguousarray(frame))
+        if 120 <= t < 120 + 8 * 4 and t % 4 == 0:
+            strip.append(frame.copy())
+    writer.close()
+    if strip:
+        import matplotlib.image
+
+        matplotlib.image.imsave(Path(path).with_suffix(".png"), np.concatenate([f[::2, 80:-80:2] for f in strip], 1))
+
+
+def record(env_name: str, policy_path, video: str):
+    """Render one episode of a saved policy on diffsim's physics."""
+    env = diffsim.make(env_name, 1, compile=False)
+    render(env, rollout(env, load_policy(policy_path)[0])["qpos"], str(video))
+
+
+def main():
+    args = tyro.cli(Args)
+    try:
+        policy, name = load_policy(args.policy)
+        env = diffsim.make(name, args.episodes, physics=args.physics, compile=args.compile)
+        result = rollout(env, policy, args.seed)
+        print(f"{name} on {args.physics}, {args.episodes} episodes, deterministic policy")
+        for key, unit in (
+            ("return", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"), ("penetration", "m"),
+        ):  # fmt: skip
+            x = result[key]
+            print(f"{key:16s} {x.mean():10.3f} +- {x.std():.3f}   [{x.min():.3f}, {x.max():.3f}] {unit}")
+        if args.video:
+            render(env, result["qpos"], args.video)
+            print(f"wrote {args.video}")
+    except ValueError as e:
+        print(f"diffsim.play: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)
+    main()
