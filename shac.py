@@ -204,9 +204,7 @@ def check(args: Args):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")
     if args.horizon * args.num_envs < args.num_minibatches:
-        fail(
-            f"--num-minibatches is {args.num_minibatches}, more than the {args.horizon * args.num_envs} samples of a window"
-        )
+        fail(f"--num-minibatches is {args.num_minibatches}, more than the samples of a window")
 
 
 if __name__ == "__main__":

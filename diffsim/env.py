@@ -39,12 +39,14 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         physics: str = "diffsim",
         compile: bool = True,
         dtype: torch.dtype = torch.float32,
-        softness: Softness = Softness(),
+        softness: Softness | None = None,
     ):
         self.task, self.num_envs = task, num_envs
         self.control_dt, self.substeps, self.max_episode_steps = task.control_dt, task.substeps, task.max_episode_steps
         timestep = task.control_dt / task.substeps
-        self.model = load_model(task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness)
+        self.model = load_model(
+            task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness()
+        )
         self.device, self.dtype = self.model.device, dtype
         if physics == "mujoco":
             self.physics = MujocoPhysics(self.model, task.substeps)
