@@ -1,0 +1,167 @@
+"""The gradient contract: gradients of whole windows, resets, bad states, MuJoCo's engine behind the same task."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import diffsim
+
+KW = dict(compile=False)
+
+
+def window_return(env, state, actions):
+    env.set_state(state)
+    total = 0.0
+    for action in actions:
+        _, reward, *_ = env.step(action)
+        total = total + reward.sum()
+    return total
+
+
+def standing(num_envs=1, dtype=torch.float64):
+    """Ants that have come down on their feet."""
+    env = diffsim.make("ant", num_envs, seed=3, dtype=dtype, **KW)
+    env.reset()
+    for _ in range(30):
+        env.step(torch.zeros(num_envs, 8, dtype=dtype))
+    return env, env.get_state()
+
+
+def test_return_of_32_control_steps_against_central_differences():
+    env, state = standing()
+    actions = (torch.rand(32, 1, 8, dtype=torch.float64) - 0.5).requires_grad_()
+    (gradient,) = torch.autograd.grad(window_return(env, state, actions), actions)
+    assert env.episode_length[0] == 62  # no reset on the way
+    force = diffsim.contact_force(env.model, env.qpos.detach(), env.qvel.detach())
+    assert float(force[2].sum()) > 0.1
+    for seed in range(3):
+        direction = torch.randn(actions.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            eps = 1e-6
+            up, down = (window_return(env, state, actions + s * eps * direction) for s in (1, -1))
+        numeric = float(up - down) / (2 * eps)
+        assert float((gradient * direction).sum()) == pytest.approx(numeric, rel=1e-5)
+
+
+def test_float32_gradient_points_where_float64_does():
+    env, state = standing()
+    actions = torch.rand(32, 1, 8, dtype=torch.float64) - 0.5
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        env = diffsim.make("ant", 1, dtype=dtype, **KW)
+        cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        a = actions.to(dtype).requires_grad_()
+        gradients.append(torch.autograd.grad(window_return(env, cast, a), a)[0].double().flatten())
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.999
+
+
+def test_reset_cuts_the_gradient_and_final_obs_carries_it():
+    env = diffsim.make("ant", 2, **KW)
+    env.reset()
+    env.qpos[2, 0] = 0.27  # falls at once
+    env.qvel[2, 0] = -1.0
+    action = torch.zeros(2, 8, requires_grad=True)
+    obs, reward, terminated, truncated, info = env.step(action)
+    assert terminated.tolist() == [True, False] and truncated.tolist() == [False, False]
+    assert info["_episode"].tolist() == [True, False] and env.episode_length.tolist() == [0, 1]
+    assert float(obs[0, 0]) > 0.5 > float(info["final_obs"][0, 0])
+    assert torch.autograd.grad(obs[0].sum(), action, retain_graph=True)[0].abs().sum() == 0
+    assert torch.autograd.grad(info["final_obs"][0].sum(), action, retain_graph=True)[0][0].abs().sum() > 0
+    assert torch.autograd.grad(obs[1].sum(), action)[0][1].abs().sum() > 0
+
+
+def test_time_limit_truncates_and_does_not_terminate():
+    env = diffsim.make("ant", 2, **KW)
+    env.reset()
+    env.episode_length[0] = env.max_episode_steps - 1
+    _, _, terminated, truncated, _ = env.step(torch.zeros(2, 8))
+    assert truncated.tolist() == [True, False] and not terminated.any()
+
+
+@pytest.mark.parametrize("name", ["qpos", "qvel"])
+def test_a_nonfinite_state_ends_its_own_episode_only(name):
+    gradients = []
+    for planted in (False, True):
+        env = diffsim.make("ant", 3, seed=5, **KW)
+        env.reset()
+        action = torch.full((3, 8), 0.3, requires_grad=True)
+        env.step(action)
+        env.detach()
+        if planted:
+            getattr(env, name)[8 if name == "qpos" else 7, 1] = float("nan")
+            with pytest.warns(UserWarning, match=r"environment 1 is not finite"):
+                obs, reward, terminated, _, info = env.step(action)
+            assert terminated.tolist() == [False, True, False] == info["nonfinite"].tolist()
+            assert reward[1] == 0 and torch.isfinite(obs).all()
+        else:
+            obs, reward, *_ = env.step(action)
+        rest = env.step(action)[1]
+        gradients.append(torch.autograd.grad((reward + rest)[[0, 2]].sum(), action)[0])
+        assert torch.isfinite(gradients[-1]).all()
+    assert torch.equal(gradients[0][[0, 2]], gradients[1][[0, 2]])
+
+
+def test_actions_outside_the_box_get_no_gradient():
+    env = diffsim.make("ant", 1, **KW)
+    env.reset()
+    action = torch.full((1, 8), 2.0, requires_grad=True)
+    assert torch.autograd.grad(env.step(action)[1].sum(), action)[0].abs().sum() == 0
+
+
+def test_same_seed_same_bits_and_state_round_trip():
+    def run(seed, state=None):
+        env = diffsim.make("ant", 4, seed=seed, **KW)
+        obs, _ = env.reset()
+        if state:
+            env.set_state(state)
+        for _ in range(5):
+            obs, *_ = env.step(torch.full((4, 8), 0.5))
+        return obs, env.get_state()
+
+    (a, state), (b, _), (c, _) = run(1), run(1), run(2)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    (d, _), (e, _) = run(1, state), run(9, state)
+    assert torch.equal(d, e)
+
+
+def test_mujoco_physics_is_mujocos_step_and_the_same_task():
+    import mujoco
+
+    env = diffsim.make("ant", 3, seed=2, physics="mujoco")
+    env.reset()
+    before = env.get_state()
+    action = torch.rand(3, 8) * 2 - 1
+    obs, reward, *_ = env.step(action)
+    m = env.physics.mj_model
+    for b in range(3):
+        d = mujoco.MjData(m)
+        d.qpos[:], d.qvel[:], d.ctrl[:] = before["qpos"][:, b], before["qvel"][:, b], action[b]
+        mujoco.mj_step(m, d, nstep=env.substeps)
+        np.testing.assert_allclose(env.qpos[:, b], d.qpos, atol=1e-5)
+        np.testing.assert_allclose(env.qvel[:, b], d.qvel, atol=1e-4)
+    soft = diffsim.make("ant", 3, **KW)
+    soft.set_state(env.get_state())
+    torch.testing.assert_close(soft.detach(), obs)
+    assert env.substeps == soft.substeps and env.model.timestep == soft.model.timestep
+
+
+def test_gymnasium_make_vec():
+    env = gymnasium.make_vec("diffsim/ant", num_envs=2, compile=False)
+    obs, _ = env.reset(seed=0)
+    assert obs.shape == env.observation_space.shape == (2, 37) and env.action_space.shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(task="anT"), "unknown env 'anT'; there is ant"),
+        (dict(task="ant", num_envs=0), "num_envs is 0"),
+        (dict(task="ant", physics="bullet"), "unknown physics"),
+        (dict(task="ant", device="tpu9"), "unknown device"),
+    ],
+)
+def test_bad_arguments_are_one_line(kwargs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        diffsim.make(**kwargs)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,216 @@
+"""Physics against MuJoCo's engine and against closed forms, float64."""
+
+import dataclasses
+import math
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+import diffsim
+from diffsim.dynamics import contact_points
+from diffsim.tasks.base import GYMNASIUM_ASSETS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROBOTS = ["ant", "hopper", "half_cheetah", "walker2d_v5", "humanoid", "inverted_double_pendulum", "reacher"]
+
+
+def random_tree(seed: int) -> str:
+    """A random MJCF: 6 bodies, all joint kinds, several joints on a body, welded bodies, all contact geoms."""
+    rng = np.random.default_rng(seed)
+
+    def number(n, scale=1.0):
+        return " ".join(f"{x:.4f}" for x in rng.normal(size=n) * scale)
+
+    def body(depth):
+        joints = ""
+        kind = rng.choice(["hinge", "slide", "ball", "two", "weld"] if depth else ["free", "hinge", "slide"])
+        if kind == "free":
+            joints = "<freejoint/>"
+        elif kind == "ball":
+            joints = f'<joint type="ball" pos="{number(3, 0.1)}" damping=".2" armature=".01"/>'
+        elif kind != "weld":
+            for _ in range(2 if kind == "two" else 1):
+                t = kind if kind != "two" else rng.choice(["hinge", "slide"])
+                joints += (
+                    f'<joint type="{t}" axis="{number(3)}" pos="{number(3, 0.1)}" ref="{rng.normal():.2f}" '
+                    f'damping="{rng.uniform():.3f}" armature="{rng.uniform(0, 0.1):.3f}" stiffness="{rng.uniform(0, 3):.3f}"/>'
+                )
+        geom = rng.choice(['type="sphere" size=".1"', 'type="capsule" size=".05 .2"', 'type="box" size=".1 .2 .05"'])
+        children = "".join(body(depth + 1) for _ in range(rng.integers(1, 3))) if depth < 3 else ""
+        return (
+            f'<body pos="{number(3, 0.3)}" quat="{number(4)}">{joints}'
+            f'<geom {geom} pos="{number(3, 0.1)}" quat="{number(4)}"/>{children}</body>'
+        )
+
+    floor = '<geom type="plane" size="1 1 1" pos="0 0 -5"/>'
+    default = '<default><geom conaffinity="0"/><default class="f"><geom conaffinity="1"/></default></default>'
+    world = floor.replace("<geom", '<geom class="f"') + body(0) + body(0)
+    return f'<mujoco><option timestep=".004"/>{default}<worldbody>{world}</worldbody></mujoco>'
+
+
+def load(source):
+    xml = GYMNASIUM_ASSETS / f"{source}.xml" if isinstance(source, str) else random_tree(source)
+    model = diffsim.load_model(xml, dtype=torch.float64)
+    return model
+
+
+def free_of_constraints(model):
+    groups = [dataclasses.replace(g, contacts=None, limited=False) for g in model.groups]
+    m = model.mj_model.__copy__()
+    m.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_LIMIT
+    m.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+    return dataclasses.replace(model, groups=groups, contact_names=[], mj_model=m), m
+
+
+def random_state(m, batch=3, seed=0):
+    rng = np.random.default_rng(seed)
+    qpos = np.repeat(m.qpos0[:, None], batch, 1)
+    for b in range(batch):
+        q = qpos[:, b].copy()
+        mujoco.mj_integratePos(m, q, rng.normal(size=m.nv), 0.5)
+        qpos[:, b] = q
+    return map(torch.tensor, (qpos, rng.normal(size=(m.nv, batch)), rng.uniform(-1, 1, (m.nu, batch))))
+
+
+def put(m, qpos, qvel, ctrl):
+    d = mujoco.MjData(m)
+    d.qpos[:], d.qvel[:], d.ctrl[:] = qpos, qvel, ctrl
+    mujoco.mj_forward(m, d)
+    return d
+
+
+def relative(a, b):
+    return abs(np.asarray(a) - np.asarray(b)).max() / max(abs(np.asarray(b)).max(), 1e-12)
+
+
+@pytest.mark.parametrize("source", [*ROBOTS, *range(12)])
+def test_mass_bias_and_free_motion_equal_mujoco(source):
+    model = load(source)
+    free, m = free_of_constraints(model)
+    qpos, qvel, ctrl = random_state(m)
+    mass, bias = diffsim.mass_matrix(model, qpos), diffsim.bias_force(model, qpos, qvel)
+    for b in range(qpos.shape[1]):
+        d = put(m, qpos[:, b], qvel[:, b], ctrl[:, b])
+        full = np.zeros((m.nv, m.nv))
+        mujoco.mj_fullM(m, d, full)
+        assert relative(mass[:, :, b], full) < 1e-9
+        assert relative(bias[:, b], d.qfrc_bias) < 1e-9
+        q, v = qpos[:, b : b + 1], qvel[:, b : b + 1]
+        for _ in range(10):
+            mujoco.mj_step(m, d)
+            q, v = diffsim.step(free, q, v, ctrl[:, b : b + 1])
+        assert relative(q[:, 0], d.qpos) < 1e-9 and relative(v[:, 0], d.qvel) < 1e-9
+
+
+@pytest.mark.parametrize("source", [*ROBOTS, *range(4)])
+def test_jacobians_equal_mujocos(source):
+    free, m = free_of_constraints(load(source))
+    qpos, qvel, ctrl = random_state(m, 1)
+    d = put(m, qpos[:, 0], qvel[:, 0], ctrl[:, 0])
+    a, b = np.zeros((2 * m.nv, 2 * m.nv)), np.zeros((2 * m.nv, m.nu))
+    mujoco.mjd_transitionFD(m, d, 1e-6, True, a, b if m.nu else None, None, None)
+    jacobian = torch.autograd.functional.jacobian(lambda *x: diffsim.step(free, *x)[1], (qpos, qvel, ctrl))
+    by_qpos, by_qvel, by_ctrl = (j[:, 0, :, 0].numpy() for j in jacobian)
+    tangent = np.zeros((m.nq, m.nv))  # of qpos, numerically: MuJoCo's Jacobians live on the tangent space
+    for i in range(m.nv):
+        for sign in (1, -1):
+            q = qpos[:, 0].numpy().copy()
+            mujoco.mj_integratePos(m, q, np.eye(m.nv)[i] * sign, 1e-6)
+            tangent[:, i] += sign * q / 2e-6
+    assert relative(by_qpos @ tangent, a[m.nv :, : m.nv]) < 1e-5
+    assert relative(by_qvel, a[m.nv :, m.nv :]) < 1e-5
+    if m.nu:
+        assert relative(by_ctrl, b[m.nv :]) < 1e-5
+
+
+@pytest.mark.parametrize("source", [*ROBOTS, *range(6)])
+def test_gradcheck_of_a_step_with_contacts_and_limits(source):
+    model = load(source)
+    qpos, qvel, ctrl = random_state(model.mj_model, 1)
+    if source in ("ant", "humanoid"):
+        qpos[2] = 0.3  # down to the ground
+    inputs = [x.requires_grad_() for x in (qpos, qvel, ctrl)]
+    step = lambda *x: diffsim.step(model, *x)  # noqa: E731
+    torch.autograd.gradcheck(step, inputs, eps=1e-7, atol=1e-5, rtol=1e-4)
+
+
+BLOCK = """<mujoco><option timestep=".002" gravity="{g} 0 -9.81"/><worldbody><geom type="plane" size="1 1 1" friction=".5"/>
+<body pos="0 0 .1"><freejoint/><geom type="box" size=".1 .1 .1" mass="2" friction=".5"/></body></worldbody></mujoco>"""
+
+
+def test_resting_weight_and_friction():
+    model = diffsim.load_model(BLOCK.format(g=0), dtype=torch.float64)
+    ctrl = torch.zeros(0, 1, dtype=torch.float64)
+    qpos, qvel = torch.tensor(model.mj_model.qpos0)[:, None], torch.zeros(6, 1, dtype=torch.float64)
+    for _ in range(1500):
+        qpos, qvel = diffsim.step(model, qpos, qvel, ctrl)
+    force = diffsim.contact_force(model, qpos, qvel)
+    assert float(force[2].sum()) == pytest.approx(2 * 9.81, rel=0.01)
+    assert float(contact_points(model, qpos, qvel)[0].min()) > -0.01
+    mu = 0.5
+    qvel[0] = 3.0
+    for _ in range(100):  # settle into sliding
+        qpos, qvel = diffsim.step(model, qpos, qvel, ctrl)
+    before = float(qvel[0])
+    for _ in range(50):
+        qpos, qvel = diffsim.step(model, qpos, qvel, ctrl)
+    assert (before - float(qvel[0])) / (50 * 0.002) == pytest.approx(mu * 9.81, rel=0.02)
+
+
+def test_pendulum_keeps_its_energy_to_first_order():
+    xml = """<mujoco><worldbody><body><joint axis="0 1 0"/><geom type="sphere" size=".05" pos="0 0 -1"
+    contype="0" conaffinity="0"/></body></worldbody></mujoco>"""
+
+    def drift(h):
+        model = diffsim.load_model(xml, dtype=torch.float64, timestep=h)
+        q, v = torch.tensor([[1.0]]).double(), torch.zeros(1, 1).double()
+        inertia = float(diffsim.mass_matrix(model, q)[0, 0, 0])
+        mass = float(model.mj_model.body_mass[1])
+        energy = lambda: 0.5 * inertia * float(v) ** 2 - mass * 9.81 * math.cos(float(q))  # noqa: E731
+        start = energy()
+        for _ in range(round(0.6 / h)):
+            q, v = diffsim.step(model, q, v, torch.zeros(0, 1).double())
+        return abs(energy() - start)
+
+    coarse, fine = drift(0.004), drift(0.002)
+    assert fine < coarse
+    assert math.log2(coarse / fine) == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "element, body, name",
+    [
+        ("<equality><weld body1='a'/></equality>", "<geom size='.1'/>", "equality"),
+        ("<option viscosity='1'/>", "<geom size='.1'/>", "fluid"),
+        (
+            "<worldbody><geom type='plane' size='1 1 1'/></worldbody>",
+            "<geom type='ellipsoid' size='.1 .1 .2'/>",
+            "ellipsoid",
+        ),
+        ("<worldbody><geom type='box' size='1 1 1'/></worldbody>", "<geom size='.1'/>", "fixed geom"),
+        ("<actuator><general joint='j' dyntype='filter' dynprm='1'/></actuator>", "<geom size='.1'/>", "activation"),
+    ],
+)
+def test_unsupported_elements_are_named(element, body, name):
+    xml = f"<mujoco>{element}<worldbody><body name='a'><joint name='j'/>{body}</body></worldbody></mujoco>"
+    with pytest.raises(diffsim.UnsupportedError, match=name) as error:
+        diffsim.load_model(xml)
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_matter_is_ignored():
+    with pytest.raises(diffsim.UnsupportedError, match="fluid"):
+        diffsim.load_model(GYMNASIUM_ASSETS / "swimmer.xml")
+    xml = """<mujoco><worldbody><light/><camera/><geom type="plane" size="1 1 1"/><body><joint/><site name="s"/>
+    <geom size=".1" contype="0" conaffinity="0"/><geom type="cylinder" size=".1 .1" contype="0" conaffinity="0"/>
+    </body></worldbody><sensor><framepos objtype="site" objname="s"/></sensor></mujoco>"""
+    assert diffsim.load_model(xml).contact_names == []
+
+
+@pytest.mark.parametrize("xml", ["no_such_file.xml", "<mujoco><nonsense/></mujoco>"])
+def test_unreadable_mjcf_is_one_line(xml):
+    with pytest.raises(ValueError, match="cannot read MJCF") as error:
+        diffsim.load_model(xml)
+    assert "\n" not in str(error.value)
