@@ -100,14 +100,14 @@ def fail(message: str):
 
 
 def mlp(sizes: list[int]) -> nn.Sequential:
-    """Linear - ELU - LayerNorm, the last layer plain."""
+    """Linear - ELU - LayerNorm; the last layer plain and small, so that actions and values start near zero."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes[:-2], sizes[1:-1]):
         layers += [nn.Linear(i, o), nn.ELU(), nn.LayerNorm(o)]
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            nn.init.orthogonal_(layer.weight, 2**0.5 if layer is not layers[-1] else 1.0)
+            nn.init.orthogonal_(layer.weight, 2**0.5 if layer is not layers[-1] else 0.01)
             nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
@@ -245,8 +245,8 @@ if __name__ == "__main__":
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
     betas = (args.adam_beta1, args.adam_beta2)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_learning_rate, betas)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, betas)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_learning_rate, betas, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, betas, fused=True)
 
     modules = dict(actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer)
     modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)

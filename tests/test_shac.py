@@ -1,0 +1,110 @@
+"""shac.py as a user runs it, and its small functions."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+TINY = "--no-compile --num-envs 2 --horizon 2 --critic-epochs 1 --eval-every 0 --eval-episodes 2 --save-every 4".split()
+
+
+def shac(*args, expect=0):
+    command = [sys.executable, "shac.py", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def rows(folder):
+    with open(next(Path(folder).glob("*/metrics.csv"))) as f:
+        return [{k: v for k, v in r.items() if k not in ("wall_time_s", "SPS")} for r in csv.DictReader(f)]
+
+
+def short_episodes(tmp_path):
+    """The evaluation at the end runs 1000 steps: stop before it."""
+    return ["--total-timesteps", 40, "--run-dir", tmp_path]
+
+
+def test_same_seed_same_bits_and_resume_is_exact(tmp_path):
+    shac(*TINY, *short_episodes(tmp_path / "a"), "--stop-after", 4)
+    shac(*TINY, *short_episodes(tmp_path / "b"), "--stop-after", 2)
+    run = next((tmp_path / "b").iterdir())
+    shac("--resume", run, "--stop-after", 4)
+    shac(*TINY, *short_episodes(tmp_path / "c"), "--stop-after", 4, "--seed", 2)
+    a, b, c = (rows(tmp_path / x) for x in "abc")
+    assert len(a) == 4 and a == b and a != c
+    one, two = (torch.load(next((tmp_path / x).iterdir()) / "checkpoint.pt", weights_only=True) for x in "ab")
+    for key, value in one["actor"].items():
+        assert torch.equal(value, two["actor"][key])
+    program = torch.export.load(run / "policy.pt2")
+    assert program.module()(torch.zeros(5, 37)).shape == (5, 8)
+
+
+def test_kill_loses_at_most_one_save_interval(tmp_path):
+    command = [sys.executable, "shac.py", *TINY, "--run-dir", str(tmp_path), "--total-timesteps", "4000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for _ in range(600):
+        if list(tmp_path.glob("*/checkpoint.pt")):
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    run = next(tmp_path.iterdir())
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
+    shac("--resume", run, "--stop-after", step // 4 + 1)
+    assert int(rows(tmp_path)[-1]["global_step"]) == step + 4
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--env", "antt"], "unknown env 'antt'"),
+        (["--num-envs", 0], "--num-envs is 0"),
+        (["--horizon", 0], "--horizon is 0"),
+        (["--actor-learning-rate", -1], "--actor-learning-rate is -1"),
+        (["--gamma", 2], "--gamma is 2"),
+        (["--resume", "nowhere"], "--resume nowhere"),
+        pytest.param(
+            ["--device", "cuda"], "finds no CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+        ),
+    ],
+)
+def test_bad_input_is_one_line(args, message):
+    done = shac(*args, "--no-compile", expect=2)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_bad_checkpoints_are_one_line(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert "not a readable checkpoint" in shac("--resume", tmp_path, expect=2).stderr
+    torch.save({"args": {"env": "hopper"}}, tmp_path / "checkpoint.pt")
+    assert "a checkpoint of hopper, not of ant" in shac("--resume", tmp_path, "--env", "ant", expect=2).stderr
+
+
+def test_td_lambda_against_a_brute_force_sum():
+    from shac import td_lambda
+
+    torch.manual_seed(0)
+    horizon, n, gamma, lam = 6, 4, 0.9, 0.8
+    reward, value = torch.randn(horizon, n), torch.randn(horizon, n)
+    terminated, truncated = torch.zeros(horizon, n).bool(), torch.zeros(horizon, n).bool()
+    terminated[2, 1] = truncated[3, 2] = True
+    targets = td_lambda(reward, value, terminated, truncated, gamma, lam)
+    for i in range(n):
+        for t in range(horizon):
+            end = next((k for k in range(t, horizon) if terminated[k, i] or truncated[k, i]), horizon - 1)
+
+            def n_step(k, t=t, i=i):  # return that bootstraps after step k
+                total = sum(gamma ** (j - t) * reward[j, i] for j in range(t, k + 1))
+                return total + gamma ** (k + 1 - t) * value[k, i] * ~terminated[k, i]
+
+            expected = (1 - lam) * sum(lam ** (k - t) * n_step(k) for k in range(t, end)) + lam ** (end - t) * n_step(end)
+            assert float(targets[t, i]) == pytest.approx(float(expected), rel=1e-5)
