@@ -73,7 +73,9 @@ def test_kill_loses_at_most_one_save_interval(tmp_path):
         (["--gamma", 2], "--gamma is 2"),
         (["--resume", "nowhere"], "--resume nowhere"),
         pytest.param(
-            ["--device", "cuda"], "finds no CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+            ["--device", "cuda"],
+            "finds no CUDA",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA"),
         ),
     ],
 )
@@ -106,5 +108,7 @@ def test_td_lambda_against_a_brute_force_sum():
                 total = sum(gamma ** (j - t) * reward[j, i] for j in range(t, k + 1))
                 return total + gamma ** (k + 1 - t) * value[k, i] * ~terminated[k, i]
 
-            expected = (1 - lam) * sum(lam ** (k - t) * n_step(k) for k in range(t, end)) + lam ** (end - t) * n_step(end)
+            expected = (1 - lam) * sum(lam ** (k - t) * n_step(k) for k in range(t, end)) + lam ** (end - t) * n_step(
+                end
+            )
             assert float(targets[t, i]) == pytest.approx(float(expected), rel=1e-5)
