@@ -35,7 +35,8 @@ def random_tree(seed: int) -> str:
                 t = kind if kind != "two" else rng.choice(["hinge", "slide"])
                 joints += (
                     f'<joint type="{t}" axis="{number(3)}" pos="{number(3, 0.1)}" ref="{rng.normal():.2f}" '
-                    f'damping="{rng.uniform():.3f}" armature="{rng.uniform(0, 0.1):.3f}" stiffness="{rng.uniform(0, 3):.3f}"/>'
+                    f'damping="{rng.uniform():.3f}" armature="{rng.uniform(0, 0.1):.3f}" '
+                    f'stiffness="{rng.uniform(0, 3):.3f}"/>'
                 )
         geom = rng.choice(['type="sphere" size=".1"', 'type="capsule" size=".05 .2"', 'type="box" size=".1 .2 .05"'])
         children = "".join(body(depth + 1) for _ in range(rng.integers(1, 3))) if depth < 3 else ""
@@ -136,7 +137,8 @@ def test_gradcheck_of_a_step_with_contacts_and_limits(source):
     torch.autograd.gradcheck(step, inputs, eps=1e-7, atol=1e-5, rtol=1e-4)
 
 
-BLOCK = """<mujoco><option timestep=".002" gravity="{g} 0 -9.81"/><worldbody><geom type="plane" size="1 1 1" friction=".5"/>
+BLOCK = """<mujoco><option timestep=".002" gravity="{g} 0 -9.81"/><worldbody>
+<geom type="plane" size="1 1 1" friction=".5"/>
 <body pos="0 0 .1"><freejoint/><geom type="box" size=".1 .1 .1" mass="2" friction=".5"/></body></worldbody></mujoco>"""
 
 
