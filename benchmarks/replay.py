@@ -4,8 +4,9 @@ import csv
 import sys
 from pathlib import Path
 
-import diffsim
-from diffsim.play import load_policy, rollout
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import diffsim  # noqa: E402
+from diffsim.play import load_policy, rollout  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -5,6 +5,7 @@ Rows are written to results/throughput.csv as they come. Compiling takes about a
 
 import csv
 import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 import tyro
 from mujoco import rollout
 
-import diffsim
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import diffsim  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
