@@ -44,9 +44,14 @@ def _unrows(pieces: list[tuple[Tensor, list[int]]]) -> Tensor:
 
 
 def _from_parent(model: Model, g: Group, x):
-    """Rows of the parent group as the children see them: a lone parent broadcasts, equal rows need nothing."""
+    """Rows of the parent group as the children see them: a lone parent is repeated, equal rows need nothing.
+
+    Repeating once, rather than broadcasting in every use, leaves the gradient one sum instead of many.
+    """
     n = len(model.groups[g.parent].joints)
-    if n == 1 or g.parent_rows == list(range(n)):
+    if n == 1:
+        return x if len(g.joints) == 1 else x.map(lambda t: t.expand(len(g.joints), -1))
+    if g.parent_rows == list(range(n)):
         return x
     return x.map(lambda t: t if t.shape[0] == 1 else _rows(t, g.parent_rows))
 
@@ -178,9 +183,14 @@ class Link(NamedTuple):
 def _contact_kinematics(g: Group, frame: Frame, twist: Spatial):
     """Gap, point of contact and its velocity for every sphere, (p, n, B)."""
     c = g.contacts
-    x, y, z = frame.pos + frame.rot @ c.point
+    x, y, z = _per_contact(g, frame.pos) + _per_contact(g, frame.rot) @ c.point
     foot = Vec(x, y, z - c.radius)  # the lowest point of the (inflated) sphere
-    return frame.origin.z + foot.z - c.ground, foot, twist.at(foot)
+    return frame.origin.z + foot.z - c.ground, foot, _per_contact(g, twist).at(foot)
+
+
+def _per_contact(g: Group, x):
+    """A quantity of the links, (n, B), repeated for each of their contact points, (p, n, B)."""
+    return x.map(lambda t: t.expand(len(g.contacts.index), -1, -1))
 
 
 def assemble(model: Model, frames: list[Frame], qpos: Tensor, qvel: Tensor, qfrc: Tensor, h: float) -> list[Link]:
@@ -248,7 +258,7 @@ def residual(model: Model, frames: list[Frame], links: list[Link], x: Tensor, la
             total = total + vl.ang.dot(link.angular - link.inertia @ vx.ang).sum()
         if link.touch is not None:
             t = link.touch
-            ux, ul = vx.at(t.pos), vl.at(t.pos)
+            ux, ul = _per_contact(g, vx).at(t.pos), _per_contact(g, vl).at(t.pos)
             drag = t.tangential * (ux.x * ul.x + ux.y * ul.y)
             total = total + (ul.z * (t.push - t.normal * ux.z) - drag).sum()
         for rows, d, j in zip(g.dofs, link.diagonal, link.joint_impulse):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._inductor.package import package_aoti
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffsim.dynamics import Step, backward_substep, forward_substep
@@ -100,7 +101,13 @@ def load_or_build(model: Model, num_envs: int):
             if child is not None and child.wait():
                 raise RuntimeError("compiling the physics failed (see above); --no-compile runs without")
         print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    return [torch._inductor.aoti_load_package(str(paths[kind])) for kind in KINDS]
+    return [_load(paths[kind]) for kind in KINDS]
+
+
+def _load(path: Path):
+    """The function in a package: tensors in, tensors out, no graph."""
+    run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    return lambda *inputs: run([x.contiguous() for x in inputs])
 
 
 def _key(model: Model, num_envs: int) -> str:
@@ -118,7 +125,6 @@ def _key(model: Model, num_envs: int) -> str:
 
 def _build(model: Model, num_envs: int, kind: str, path: Path):
     """Trace, compile, and move the package into place (two processes may race: the last one wins, both are right)."""
-    import torch._inductor.config as config
 
     def zeros(rows):
         return torch.zeros(rows, num_envs, device=model.device, dtype=model.dtype)
@@ -139,10 +145,11 @@ def _build(model: Model, num_envs: int, kind: str, path: Path):
             graph = make_fx(lambda *x: function(model, *x))(*inputs)
             graph.graph.eliminate_dead_code()
             graph.recompile()
-            program = torch.export.export(graph, inputs)
+            for node in graph.graph.nodes:  # shapes as traced; the compiler infers its own
+                node.meta.clear()
             temporary = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
-            with config.patch(INDUCTOR):
-                torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+            files = torch._inductor.aot_compile(graph, inputs, options={**INDUCTOR, "aot_inductor.package": True})
+            package_aoti(str(temporary), files)
             os.replace(temporary, path)
     finally:
         gc.enable()
