@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 START = time.time()  # wall-clock counts from here, imports and compilation included
@@ -32,7 +32,7 @@ import diffsim  # noqa: E402
 @dataclass
 class Args:
     env: str = "ant"
-    """environment: ant"""
+    """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     seed: int = 1
     """seed of the networks, the noise and the environments"""
     num_envs: int = 256
@@ -41,9 +41,11 @@ class Args:
     """control steps of a window, through which gradients flow (the paper: 32)"""
     total_timesteps: int = 2_500_000
     """environment steps over all environments"""
+    stagger: bool = True
+    """begin the first episodes at random times, so that later ones do not all end in the same step"""
     actor_learning_rate: float = 2e-3
     """initial learning rate of the policy; falls linearly to min_learning_rate"""
-    critic_learning_rate: float = 2e-3
+    critic_learning_rate: float = 5e-4
     """initial learning rate of the critic; falls linearly to min_learning_rate"""
     min_learning_rate: float = 1e-5
     """learning rate at the end"""
@@ -91,6 +93,17 @@ class Args:
     """where the run folder is made"""
     capture_video: bool = False
     """record the final policy as video.mp4 in the run folder"""
+
+
+# What differs from Args for a task; flags on the command line win.
+DEFAULTS = {
+    "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
+    "hopper": dict(total_timesteps=4_000_000),
+    "cheetah": dict(total_timesteps=4_000_000),
+    "walker": dict(total_timesteps=4_000_000),
+    "anymal": dict(total_timesteps=12_000_000),
+    "humanoid": dict(total_timesteps=4_000_000, actor_hidden=(256, 128), critic_hidden=(128, 128)),
+}
 
 
 def fail(message: str):
@@ -209,6 +222,7 @@ def check(args: Args):
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    args = tyro.cli(Args, default=replace(args, **DEFAULTS.get(args.env, {})))  # explicit flags are parsed last
     checkpoint = None
     if args.resume:
         path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
@@ -255,7 +269,9 @@ if __name__ == "__main__":
     recent: list[list[float]] = []  # return and length of the latest episodes
     env.reset()
     if checkpoint is None:
-        run_name = f"{args.env}__shac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        if args.stagger:
+            env.episode_length.random_(0, env.max_episode_steps)
+        run_name = f"{args.env.split(':')[-1].lower()}__shac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         run = Path(args.run_dir) / run_name
         run.mkdir(parents=True, exist_ok=True)
     else:

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import diffsim  # noqa: E402
-from diffsim.play import load_policy, rollout  # noqa: E402
+from diffsim.play import load_policy, playback_env, rollout  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -18,7 +17,7 @@ if __name__ == "__main__":
         for run in map(Path, sys.argv[1:]):
             policy, name = load_policy(run)
             for physics in ("diffsim", "mujoco"):
-                result = rollout(diffsim.make(name, 10, physics=physics, compile=False), policy)
+                result = rollout(playback_env(name, 10, physics), policy, 10)
                 numbers = [
                     round(float(v), 4) for k in keys for v in (result[k].mean(), result[k].std(), result[k].max())
                 ]

@@ -1,12 +1,15 @@
 """A small differentiable rigid-body simulator in PyTorch, and environments on it."""
 
+from functools import partial
+
 import gymnasium
 import torch
 
 from diffsim.dynamics import bias_force, contact_force, mass_matrix, step
 from diffsim.env import DiffEnv
 from diffsim.model import Model, Softness, UnsupportedError, load_model
-from diffsim.tasks import TASKS, Task
+from diffsim.numpy_env import NumpyEnv
+from diffsim.tasks import TASKS, Task, find_task
 
 __all__ = [
     "DiffEnv", "Model", "Softness", "TASKS", "Task", "UnsupportedError",
@@ -15,16 +18,14 @@ __all__ = [
 
 
 def make(task: str | Task, num_envs: int = 1, *, device: str = "cpu", physics: str = "diffsim", **kwargs) -> DiffEnv:
-    """Build `num_envs` environments of a task ("ant") or of a Task object.
+    """Build `num_envs` environments of a task: its name ("ant"), "path/to/my_task.py:MyTask", or a Task object.
 
     Args: seed (0); device; physics "diffsim" (differentiable) or "mujoco" (MuJoCo's engine, forward only);
     compile (True); dtype (float32); softness (contact and limit law).
     Raises ValueError, one line, for an unknown task or physics, num_envs < 1, or a device that is not there.
     """
     if isinstance(task, str):
-        if task not in TASKS:
-            raise ValueError(f"unknown env '{task}'; there is {', '.join(sorted(TASKS))}")
-        task = TASKS[task]()
+        task = find_task(task)
     if num_envs < 1:
         raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
     if physics not in ("diffsim", "mujoco"):
@@ -38,7 +39,13 @@ def make(task: str | Task, num_envs: int = 1, *, device: str = "cpu", physics: s
     return DiffEnv(task, num_envs, device=device, physics=physics, **kwargs)
 
 
+def _single(task: str, **kwargs) -> NumpyEnv:
+    return NumpyEnv(make(task, 1, **{"compile": False, **kwargs}))
+
+
 for _name in TASKS:
     gymnasium.register(
-        id=f"diffsim/{_name}", vector_entry_point=lambda num_envs=1, _name=_name, **kw: make(_name, num_envs, **kw)
+        id=f"diffsim/{_name}",
+        entry_point=partial(_single, _name),  # arrays
+        vector_entry_point=partial(make, _name),  # tensors, differentiable
     )

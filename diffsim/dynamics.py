@@ -63,8 +63,11 @@ def _to_parent(model: Model, g: Group, t: Tensor) -> Tensor:
         return t if t.shape[0] == 1 else t.sum(0, keepdim=True)
     if g.parent_rows == list(range(n)):
         return t
-    padded = torch.cat([t, torch.zeros_like(t[:1])])
-    return padded[[g.parent_rows.index(i) if i in g.parent_rows else len(g.joints) for i in range(n)]]
+    sums: list = [None] * n
+    for i, parent in enumerate(g.parent_rows):
+        row = t[i : i + 1]
+        sums[parent] = row if sums[parent] is None else sums[parent] + row
+    return torch.cat([torch.zeros_like(t[:1]) if row is None else row for row in sums])
 
 
 # --- kinematics -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from diffsim.dynamics import actuator_force
-from diffsim.model import Softness, load_model
+from diffsim.model import SelfCollisionWarning, Softness, load_model
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.physics import DiffsimPhysics
 from diffsim.tasks import Task
@@ -44,9 +44,12 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self.task, self.num_envs = task, num_envs
         self.control_dt, self.substeps, self.max_episode_steps = task.control_dt, task.substeps, task.max_episode_steps
         timestep = task.control_dt / task.substeps
-        self.model = load_model(
-            task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness()
-        )
+        with warnings.catch_warnings():
+            if not task.warn_of_self_collision:
+                warnings.simplefilter("ignore", SelfCollisionWarning)
+            self.model = load_model(
+                task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness()
+            )
         self.device, self.dtype = self.model.device, dtype
         if physics == "mujoco":
             self.physics = MujocoPhysics(self.model, task.substeps)
@@ -149,6 +152,12 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         """Cut the graph, as at the start of a window; returns the current observation without gradient."""
         self.qpos, self.qvel, self.last_action = self.qpos.detach(), self.qvel.detach(), self.last_action.detach()
         return self._observe(self.qpos, self.qvel, self.last_action)
+
+    def numpy(self) -> gymnasium.vector.VectorEnv:
+        """This environment on NumPy arrays, detached, for third-party code."""
+        from diffsim.numpy_env import NumpyVectorEnv
+
+        return NumpyVectorEnv(self)
 
     def get_state(self) -> dict[str, Tensor]:
         """Everything that decides the future: physics, counters, random generator."""

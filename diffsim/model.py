@@ -1,6 +1,6 @@
 """MJCF -> constant tensors. MuJoCo parses the file and computes masses; here they are laid out for the batch.
 
-Joints are put into *groups*: joints of one kind that hang, one each, on the joints of one other group. Ant's
+Joints are put into *groups*: joints of one kind that hang on the joints of one other group. Ant's
 four hips are one group and its four ankles another, so its four legs are simulated as one leg, four times as
 wide. Every tensor below has one row per joint of a group, `(n, 1)`, and broadcasts over environments `(n, B)`.
 """
@@ -23,6 +23,10 @@ HINGE_OR_SLIDE = ("hinge", "slide")
 
 class UnsupportedError(ValueError):
     """The MJCF uses something that diffsim does not simulate; the message names it."""
+
+
+class SelfCollisionWarning(UserWarning):
+    """The robot's links could touch each other, and here they will not."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Contacts:
 
 @dataclass
 class Group:
-    """Joints of one kind, one on each of the listed rows of the parent group (-1: the world)."""
+    """Joints of one kind, each on the listed row of the parent group (-1: the world)."""
 
     kind: str
     parent: int
@@ -149,7 +153,9 @@ def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softnes
         raise ValueError(f"cannot read MJCF {name}: no such file")
     try:
         spec = mujoco.MjSpec.from_string(xml) if text else mujoco.MjSpec.from_file(str(xml))
-        mj_model = spec.compile()
+        with warnings.catch_warnings():  # MuJoCo's deprecations are the file's business
+            warnings.simplefilter("ignore")
+            mj_model = spec.compile()
     except (ValueError, mujoco.FatalError) as e:
         raise ValueError(f"cannot read MJCF {name}: {' '.join(str(e).split())}") from None
     if timestep is not None:
@@ -265,7 +271,7 @@ class _Builder:
         return pos, rot
 
     def make_groups(self) -> list[Group]:
-        """Collect, level by level, the k-th child of one kind of each joint of a parent group."""
+        """Collect, level by level, the children of one kind of all joints of a parent group."""
         m = self.m
         children = {j: [] for j in range(-1, m.njnt)}
         for j in range(m.njnt):
@@ -274,15 +280,11 @@ class _Builder:
         for index, joints in todo:  # grows while we walk it
             packs: dict = {}
             for row, p in enumerate(joints):
-                seen: dict = {}
                 for c in children[p]:
                     kind = JOINT[m.jnt_type[c]]
                     lead = kind == "slide" and (index < 0 or groups[index].shifts_tree)
-                    # children of a lone joint all go together; else one for every parent
-                    key = (kind, lead, 0 if len(joints) == 1 else seen.setdefault(kind, 0))
-                    seen[kind] = seen.get(kind, 0) + 1
-                    packs.setdefault(key, []).append((row, c))
-            for (kind, lead, _), members in packs.items():
+                    packs.setdefault((kind, lead), []).append((row, c))
+            for (kind, lead), members in packs.items():
                 g = [c for _, c in members]
                 nq, nd = {"free": (7, 6), "ball": (4, 3)}.get(kind, (1, 1))
                 groups.append(Group(
@@ -489,12 +491,16 @@ class _Builder:
         )  # fmt: skip
 
     def warn_about_self_collision(self):
+        """MuJoCo would let these geoms touch: not those of one link, nor of a link and its parent."""
         m = self.m
         moving = [g for g in range(m.ngeom) if self.link_of_body(m.geom_bodyid[g]) >= 0]
+        weld = m.body_weldid[m.geom_bodyid]
+        above = m.body_weldid[m.body_parentid[weld]]
         pairs = [
             (a, b) for i, a in enumerate(moving) for b in moving[i + 1 :]
-            if _collide(m, a, b) and self.link_of_body(m.geom_bodyid[a]) != self.link_of_body(m.geom_bodyid[b])
+            if _collide(m, a, b) and weld[a] != weld[b] and above[a] != weld[b] and above[b] != weld[a]
         ]  # fmt: skip
         if pairs:
             names = " and ".join(_label(m, "geom", g) for g in pairs[0])
-            warnings.warn(f"contact between moving geoms is ignored ({len(pairs)} pairs, {names} first)", stacklevel=4)
+            message = f"contact between moving geoms is ignored ({len(pairs)} pairs, {names} first)"
+            warnings.warn(message, SelfCollisionWarning, stacklevel=4)

@@ -78,7 +78,7 @@ def cache_dir() -> Path:
 
 def load_or_build(model: Model, num_envs: int):
     """The compiled forward and backward substep for this robot, batch, precision, device and thread count."""
-    paths = {k: cache_dir() / f"{_key(model, num_envs)}-{k}.pt2" for k in KINDS}
+    paths = {k: _path(model, num_envs, k) for k in KINDS}
     missing = [k for k in KINDS if not paths[k].exists()]
     if missing:
         start = time.time()
@@ -104,13 +104,23 @@ def load_or_build(model: Model, num_envs: int):
     return [_load(paths[kind]) for kind in KINDS]
 
 
+def compiled_batches(model: Model) -> list[int]:
+    """Numbers of environments for which this robot's step is compiled and kept already, ascending."""
+    found = (int(p.stem.split("-")[1]) for p in cache_dir().glob(f"{_key(model)}-*-forward.pt2"))
+    return sorted(n for n in found if _path(model, n, "backward").exists())
+
+
+def _path(model: Model, num_envs: int, kind: str) -> Path:
+    return cache_dir() / f"{_key(model)}-{num_envs}-{kind}.pt2"
+
+
 def _load(path: Path):
     """The function in a package: tensors in, tensors out, no graph."""
     run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
     return lambda *inputs: run([x.contiguous() for x in inputs])
 
 
-def _key(model: Model, num_envs: int) -> str:
+def _key(model: Model) -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         if source.stem in ("spatial", "contact", "dynamics", "model", "physics"):
@@ -118,7 +128,7 @@ def _key(model: Model, num_envs: int) -> str:
     buffer = np.empty(mujoco.mj_sizeModel(model.mj_model), np.uint8)
     mujoco.mj_saveModel(model.mj_model, None, buffer)
     digest.update(buffer.tobytes())
-    what = (model.softness, num_envs, model.device, model.dtype, torch.get_num_threads(), torch.__version__)
+    what = (model.softness, model.device, model.dtype, torch.get_num_threads(), torch.__version__)
     digest.update(repr((what, torch.backends.cpu.get_cpu_capability(), mujoco.__version__)).encode())
     return digest.hexdigest()[:20]
 

@@ -13,6 +13,7 @@ import tyro
 
 import diffsim
 from diffsim.dynamics import contact_points
+from diffsim.physics import compiled_batches
 
 
 @dataclass
@@ -27,8 +28,6 @@ class Args:
     """seed of the initial states"""
     video: str | None = None
     """write the first episode as .mp4, and a strip of frames beside it as .png"""
-    compile: bool = False
-    """compile the physics (a minute, once): worth it for hundreds of episodes"""
 
 
 def load_policy(path) -> tuple[torch.nn.Module, str]:
@@ -46,9 +45,18 @@ def load_policy(path) -> tuple[torch.nn.Module, str]:
     return program.module(), name
 
 
+def playback_env(name: str, episodes: int, physics: str = "diffsim"):
+    """Environments for at least that many episodes: a batch that is compiled already (training left one), or eager."""
+    env = diffsim.make(name, episodes, physics=physics, compile=False)
+    if physics == "diffsim":
+        ready = [n for n in compiled_batches(env.model) if n >= episodes]
+        env = diffsim.make(name, ready[0]) if ready else env
+    return env
+
+
 @torch.no_grad()
-def rollout(env, policy, seed: int = 0) -> dict[str, np.ndarray]:
-    """One episode of every environment. Returns per episode (B,): return, length, speed (m/s along x),
+def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """First episode of the first `episodes` environments. Returns per episode: return, length, speed (m/s along x),
     limit_violation (rad or m past a joint's stop), penetration (m of a geom into the ground), and the qpos of
     environment 0 (T, nq)."""
     free = env.model.without_margins()
@@ -78,11 +86,11 @@ def rollout(env, policy, seed: int = 0) -> dict[str, np.ndarray]:
         running = going
         if bool(running[0]):
             frames.append(q[:, 0].numpy().copy())
-        if not running.any():
+        if not running[:episodes].any():
             break
     values = dict(length=length, speed=(end - start) / (length * env.control_dt))
     values |= {"return": total, "limit_violation": violation, "penetration": depth}
-    return {**{k: v.numpy() for k, v in values.items()}, "qpos": np.stack(frames)}
+    return {**{k: v[:episodes].numpy() for k, v in values.items()}, "qpos": np.stack(frames)}
 
 
 def render(env, qpos: np.ndarray, path: str, width: int = 640, height: int = 480):
@@ -122,16 +130,16 @@ def render(env, qpos: np.ndarray, path: str, width: int = 640, height: int = 480
 
 def record(env_name: str, policy_path, video: str):
     """Render one episode of a saved policy on diffsim's physics."""
-    env = diffsim.make(env_name, 1, compile=False)
-    render(env, rollout(env, load_policy(policy_path)[0])["qpos"], str(video))
+    env = playback_env(env_name, 1)
+    render(env, rollout(env, load_policy(policy_path)[0], 1)["qpos"], str(video))
 
 
 def main():
     args = tyro.cli(Args)
     try:
         policy, name = load_policy(args.policy)
-        env = diffsim.make(name, args.episodes, physics=args.physics, compile=args.compile)
-        result = rollout(env, policy, args.seed)
+        env = playback_env(name, args.episodes, args.physics)
+        result = rollout(env, policy, args.episodes, args.seed)
         print(f"{name} on {args.physics}, {args.episodes} episodes, deterministic policy")
         for key, unit in (
             ("return", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"), ("penetration", "m"),
@@ -148,4 +156,5 @@ def main():
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", FutureWarning)
+    torch.set_num_threads(1)
     main()

@@ -1,8 +1,45 @@
 """One file a task. A task says where an episode starts, what is observed, what is rewarded and when it ends."""
 
+import importlib.util
+from pathlib import Path
+
 from diffsim.tasks.ant import Ant
+from diffsim.tasks.anymal import Anymal
 from diffsim.tasks.base import Task
+from diffsim.tasks.cartpole import Cartpole
+from diffsim.tasks.cheetah import Cheetah
+from diffsim.tasks.hopper import Hopper
+from diffsim.tasks.humanoid import Humanoid
+from diffsim.tasks.walker import Walker
 
-TASKS: dict[str, type[Task]] = {"ant": Ant}
+TASKS: dict[str, type[Task]] = {
+    "cartpole": Cartpole, "hopper": Hopper, "cheetah": Cheetah, "walker": Walker, "ant": Ant, "anymal": Anymal,
+    "humanoid": Humanoid,
+}  # fmt: skip
 
-__all__ = ["TASKS", "Task", "Ant"]
+
+def find_task(name: str) -> Task:
+    """The task of that name, or the class in a file: "path/to/my_task.py:MyTask".
+
+    Raises ValueError, one line, for an unknown name, a file or class that is not there, or a class that is no Task.
+    """
+    file, _, cls = name.rpartition(":")
+    if not file:
+        if name not in TASKS:
+            raise ValueError(f"unknown env '{name}'; there is {', '.join(TASKS)}, or path/to/my_task.py:MyTask")
+        return TASKS[name]()
+    if not Path(file).is_file():
+        raise ValueError(f"env '{name}': no file {file}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise ValueError(f"env '{name}': {file} does not import: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    task = getattr(module, cls, None)
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise ValueError(f"env '{name}': {file} has no class {cls} that derives from diffsim.Task")
+    return task()
+
+
+__all__ = ["TASKS", "Task", "find_task"]

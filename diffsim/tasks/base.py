@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 GYMNASIUM_ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 class Task:
@@ -16,6 +17,7 @@ class Task:
     control_dt = 1 / 60  # seconds an action is held
     substeps = 4  # physics steps in that time
     max_episode_steps = 1000
+    warn_of_self_collision = True  # links never touch each other; say so where MuJoCo's would
 
     def reset(self, model, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Initial qpos (nq, count), qvel (nv, count); draw every random number from `generator`."""
@@ -32,3 +34,66 @@ class Task:
     def terminated(self, qpos: Tensor, qvel: Tensor) -> Tensor:
         """Which episodes end here (B,), bool; time limits are the environment's business."""
         return torch.zeros(qpos.shape[1], dtype=torch.bool, device=qpos.device)
+
+
+def uniform(model, rows: int, count: int, width: float, generator: torch.Generator) -> Tensor:
+    """Random numbers (rows, count) in [-width, width]."""
+    x = torch.rand(rows, count, generator=generator, dtype=model.dtype, device=model.device)
+    return (2 * x - 1) * width
+
+
+class FloatingRunner(Task):
+    """A robot with a free base that runs along x (SHAC's Ant and Humanoid, AHAC's ANYmal): what they share.
+
+    Observation: height, quaternion, linear and angular velocity, joints, a tenth of the joint velocities, cosines of
+    the base's z axis with up and of its x axis with the way to run, previous action.
+    """
+
+    warn_of_self_collision = False  # the papers' tasks have none
+    start_height: float
+    start_joints: tuple[float, ...]
+    fallen: float  # m, height of the base at which an episode ends
+
+    def reset(self, model, count, generator):
+        position = uniform(model, 3, count, 0.1, generator)
+        position[2] += self.start_height
+        angle, axis = (uniform(model, n, count, w, generator) for n, w in ((1, torch.pi / 24), (3, 1.0)))
+        axis = axis / axis.norm(dim=0).clamp_min(1e-6)
+        quat = torch.cat([torch.cos(angle / 2), axis * torch.sin(angle / 2)])
+        start = torch.tensor(self.start_joints, dtype=model.dtype, device=model.device)[:, None]
+        joints = start + uniform(model, len(start), count, 0.2, generator)
+        return torch.cat([position, quat, joints]), uniform(model, model.nv, count, 0.25, generator)
+
+    @staticmethod
+    def axes(qpos):
+        """Cosines of the base's z axis with up, and of its x axis with x, (1, B) each."""
+        _, x, y, z = qpos[3:7].split(1)
+        return 1 - 2 * (x * x + y * y), 1 - 2 * (y * y + z * z)
+
+    def observe(self, qpos, qvel, action):
+        up, heading = self.axes(qpos)
+        return torch.cat([qpos[2:7], qvel[:6], qpos[7:], 0.1 * qvel[6:], up, heading, action])
+
+    def progress(self, qpos, qvel):
+        """Speed along x, staying upright, facing x."""
+        up, heading = self.axes(qpos)
+        return qvel[0] + (0.1 * up + heading).squeeze(0)
+
+    def terminated(self, qpos, qvel):
+        return qpos[2] < self.fallen
+
+
+class PlanarRunner(Task):
+    """A robot in the x-z plane (qpos: x, height, pitch, joints) that runs along x; observes all but x."""
+
+    warn_of_self_collision = False
+    noise = 0.05  # of initial positions
+    speed_noise = 0.05
+
+    def reset(self, model, count, generator):
+        start = torch.as_tensor(model.mj_model.qpos0, dtype=model.dtype, device=model.device)[:, None]
+        qpos = start + uniform(model, model.nq, count, self.noise, generator)
+        return qpos, uniform(model, model.nv, count, self.speed_noise, generator)
+
+    def observe(self, qpos, qvel, action):
+        return torch.cat([qpos[1:], qvel])
