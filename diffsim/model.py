@@ -134,7 +134,9 @@ class Model:
         """The same robot measured by its geoms as they are drawn."""
         bare = self.mj_model.__copy__()
         bare.geom_margin[:] = 0
-        return build_model(bare, self.softness, self.device, self.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SelfCollisionWarning)  # said when the robot was loaded
+            return build_model(bare, self.softness, self.device, self.dtype)
 
     def without_contacts(self) -> "Model":
         """The same robot with nothing to touch."""

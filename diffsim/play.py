@@ -1,6 +1,5 @@
 """Watch a trained policy, and measure it: python -m diffsim.play RUN_OR_POLICY [--physics mujoco] [--video ant.mp4]"""
 
-import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import tyro
 import diffsim
 from diffsim.dynamics import contact_points
 from diffsim.physics import compiled_batches
+from diffsim.render import render
 
 
 @dataclass
@@ -93,45 +93,11 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {**{k: v[:episodes].numpy() for k, v in values.items()}, "qpos": np.stack(frames)}
 
 
-def render(env, qpos: np.ndarray, path: str, width: int = 640, height: int = 480):
-    """Write frames (T, nq) as a video at real speed, and eight of them as a strip, path with .png."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    import mujoco
-
-    m = env.model.mj_model
-    try:
-        renderer = mujoco.Renderer(m, height, width)
-    except Exception as e:
-        raise ValueError(
-            f"no headless OpenGL ({type(e).__name__}): install libegl1 and libgl1 (or libosmesa6 and MUJOCO_GL=osmesa)"
-        ) from None
-    import imageio_ffmpeg
-
-    data, camera = mujoco.MjData(m), mujoco.MjvCamera()
-    camera.distance, camera.elevation, camera.azimuth = 4.0, -20, 90
-    writer = imageio_ffmpeg.write_frames(path, (width, height), fps=round(1 / env.control_dt))
-    writer.send(None)
-    strip = []
-    for t, q in enumerate(qpos):
-        data.qpos[:] = q
-        mujoco.mj_kinematics(m, data)
-        camera.lookat[:] = data.xpos[1]
-        renderer.update_scene(data, camera)
-        frame = renderer.render()
-        writer.send(np.ascontiguousarray(frame))
-        if 120 <= t < 120 + 8 * 4 and t % 4 == 0:
-            strip.append(frame.copy())
-    writer.close()
-    if strip:
-        import matplotlib.image
-
-        matplotlib.image.imsave(Path(path).with_suffix(".png"), np.concatenate([f[::2, 80:-80:2] for f in strip], 1))
-
-
 def record(env_name: str, policy_path, video: str):
     """Render one episode of a saved policy on diffsim's physics."""
     env = playback_env(env_name, 1)
-    render(env, rollout(env, load_policy(policy_path)[0], 1)["qpos"], str(video))
+    qpos = rollout(env, load_policy(policy_path)[0], 1)["qpos"]
+    render(env.model.mj_model, qpos, env.control_dt, str(video))
 
 
 def main():
@@ -147,7 +113,7 @@ def main():
             x = result[key]
             print(f"{key:16s} {x.mean():10.3f} +- {x.std():.3f}   [{x.min():.3f}, {x.max():.3f}] {unit}")
         if args.video:
-            render(env, result["qpos"], args.video)
+            render(env.model.mj_model, result["qpos"], env.control_dt, args.video)
             print(f"wrote {args.video}")
     except ValueError as e:
         print(f"diffsim.play: {e}", file=sys.stderr)

@@ -155,7 +155,7 @@ def test_gymnasium_make_vec():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(task="anT"), "unknown env 'anT'; there is ant"),
+        (dict(task="anT"), "unknown env 'anT'; there is cartpole"),
         (dict(task="ant", num_envs=0), "num_envs is 0"),
         (dict(task="ant", physics="bullet"), "unknown physics"),
         (dict(task="ant", device="tpu9"), "unknown device"),
@@ -165,3 +165,36 @@ def test_bad_arguments_are_one_line(kwargs, message):
     with pytest.raises(ValueError, match=message) as error:
         diffsim.make(**kwargs)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSIM_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_compiled_physics_equals_eager(cache, capfd):
+    from diffsim.physics import compiler_available
+
+    if not compiler_available(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    gradients, observations = [], []
+    for compiled in (False, True, True):
+        env = diffsim.make("cartpole", 4, seed=0, dtype=torch.float64, compile=compiled)
+        env.reset()
+        action = torch.full((4, 1), 0.3, dtype=torch.float64, requires_grad=True)
+        total = sum(env.step(action)[1].sum() for _ in range(5))
+        gradients.append(torch.autograd.grad(total, action)[0])
+        observations.append(env.detach())
+    assert capfd.readouterr().err.count("compiling the physics") == 1  # the second time it is on disk
+    for x in (gradients, observations):
+        torch.testing.assert_close(x[0], x[1], rtol=1e-10, atol=1e-10)
+        assert torch.equal(x[1], x[2])
+
+
+def test_without_a_compiler_physics_runs_and_says_so(cache, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
+        env = diffsim.make("cartpole", 2)
+    env.reset()
+    assert torch.isfinite(env.step(torch.zeros(2, 1))[0]).all()

@@ -112,3 +112,51 @@ def test_td_lambda_against_a_brute_force_sum():
                 end
             )
             assert float(targets[t, i]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_ctrl_c_saves_and_can_be_resumed(tmp_path):
+    command = [sys.executable, "shac.py", *TINY, "--run-dir", str(tmp_path), "--total-timesteps", "40000"]
+    process = subprocess.Popen(
+        [*command, "--save-every", "1000000"], cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
+    )
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "interrupted and saved; continue with" in out
+    run = next(tmp_path.iterdir())
+    done = torch.load(run / "checkpoint.pt", weights_only=True)["iteration"]
+    assert len(rows(tmp_path)) == done and (run / "policy.pt2").exists()
+    shac("--resume", run, "--stop-after", done + 1)
+    assert len(rows(tmp_path)) == done + 1
+
+
+def play(*args, expect=0, **env):
+    command = [sys.executable, "-m", "diffsim.play", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **env})
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def test_play_evaluates_on_both_engines_and_renders(tmp_path):
+    shac(*TINY, *short_episodes(tmp_path), "--env", "hopper", "--stop-after", 1)
+    run = next(tmp_path.iterdir())
+    for physics in ("diffsim", "mujoco"):
+        out = play(run, "--episodes", 2, "--physics", physics).stdout
+        assert f"hopper on {physics}, 2 episodes" in out and "limit_violation" in out and "penetration" in out
+    done = subprocess.run(
+        [sys.executable, "-m", "diffsim.play", run, "--episodes", "1", "--video", tmp_path / "v.mp4"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if done.returncode:  # no OpenGL here: one line that says what to install
+        assert "no headless OpenGL" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    else:
+        assert (tmp_path / "v.mp4").stat().st_size > 1000 and (tmp_path / "v.png").stat().st_size > 1000
+
+
+def test_play_names_what_it_cannot_read(tmp_path):
+    (tmp_path / "policy.pt2").write_bytes(b"nothing")
+    for path, message in ((tmp_path / "nowhere", "no policy at"), (tmp_path, "not a readable policy")):
+        done = play(path, expect=2)
+        assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -1,6 +1,7 @@
 """A quadruped with the masses, lengths, joint ranges and torques of ANYmal C; the reward is DiffRL's for ANYmal.
 
-Joints are sprung towards the stance (stiffness 85, damping 2), as there. Torque is the robot's 80 N m, not DiffRL's 200.
+Joints are sprung towards the stance (stiffness 85, damping 2), as there. Torque is the robot's own 80 N m; DiffRL
+gives its own 200.
 """
 
 from diffsim.tasks.base import ASSETS, FloatingRunner

@@ -1,0 +1,71 @@
+"""Frames of a robot as a video, without a display, through mujoco.Renderer.
+
+MuJoCo chooses its OpenGL when it is imported, so the drawing is done by a child process: EGL, or else OSMesa.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mujoco
+import numpy as np
+
+WIDTH, HEIGHT = 640, 480
+STRIP_START, STRIP_EVERY, STRIP_FRAMES = 120, 4, 8  # control steps
+
+
+def render(mj_model: mujoco.MjModel, qpos: np.ndarray, control_dt: float, path: str):
+    """Write frames qpos (T, nq) as a video (.mp4) at real speed, and eight of them side by side as .png beside it.
+
+    Raises ValueError, one line, where there is no headless OpenGL.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
+    with tempfile.TemporaryDirectory() as folder:
+        binary, frames = os.path.join(folder, "model.mjb"), os.path.join(folder, "qpos.npy")
+        mujoco.mj_saveModel(mj_model, binary)
+        np.save(frames, qpos)
+        for backend in backends if sys.platform.startswith("linux") else [""]:
+            environment = {**os.environ, "MUJOCO_GL": backend} if backend else dict(os.environ)
+            command = [sys.executable, __file__, binary, frames, str(control_dt), str(path.resolve())]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode == 0:
+                return
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    raise ValueError(
+        f"no headless OpenGL ({reason}); on Debian or Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6)"
+    )
+
+
+def _draw(binary: str, frames: str, control_dt: str, path: str):
+    import imageio_ffmpeg
+    import matplotlib.image
+
+    m, qpos = mujoco.MjModel.from_binary_path(binary), np.load(frames)
+    m.vis.headlight.ambient[:], m.vis.headlight.diffuse[:] = 0.35, 0.55
+    data, camera = mujoco.MjData(m), mujoco.MjvCamera()
+    camera.distance, camera.elevation, camera.azimuth = 4.0, -18, 90
+    renderer = mujoco.Renderer(m, HEIGHT, WIDTH)
+    writer = imageio_ffmpeg.write_frames(path, (WIDTH, HEIGHT), fps=round(1 / float(control_dt)))
+    writer.send(None)
+    strip = []
+    start = STRIP_START if len(qpos) > STRIP_START + STRIP_EVERY * STRIP_FRAMES else 0
+    for t, q in enumerate(qpos):
+        data.qpos[:] = q
+        mujoco.mj_kinematics(m, data)
+        mujoco.mj_camlight(m, data)
+        camera.lookat[:] = data.xpos[1]
+        renderer.update_scene(data, camera)
+        frame = renderer.render()
+        writer.send(np.ascontiguousarray(frame))
+        if t >= start and (t - start) % STRIP_EVERY == 0 and len(strip) < STRIP_FRAMES:
+            strip.append(frame[60:-60:2, 80:-80:2].copy())
+    writer.close()
+    matplotlib.image.imsave(Path(path).with_suffix(".png"), np.concatenate(strip, 1))
+
+
+if __name__ == "__main__":
+    _draw(*sys.argv[1:])

@@ -1,0 +1,187 @@
+"""Every task: shapes, rewards at states computed by hand, termination, gradients, the same task on both engines."""
+
+import math
+import sys
+import textwrap
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import diffsim
+from diffsim.play import playback_env
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+NAMES = list(diffsim.TASKS)
+SIZES = dict(cartpole=(5, 1), hopper=(11, 3), cheetah=(17, 6), walker=(17, 6), ant=(37, 8), anymal=(49, 12))
+SIZES["humanoid"] = (64, 17)
+
+
+def make(name, num_envs=2, **kwargs):
+    env = diffsim.make(name, num_envs, seed=4, compile=False, **kwargs)
+    env.reset()
+    return env
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_finite_gradients_through_32_steps(name):
+    env = make(name)
+    obs_dim, act_dim = SIZES[name]
+    assert env.observation_space.shape == (2, obs_dim) and env.action_space.shape == (2, act_dim)
+    actions = (0.2 * torch.randn(32, 2, act_dim)).requires_grad_()
+    total = 0.0
+    for action in actions:
+        obs, reward, terminated, truncated, info = env.step(action)
+        assert obs.shape == info["final_obs"].shape == (2, obs_dim) and torch.isfinite(obs).all()
+        assert reward.shape == terminated.shape == truncated.shape == (2,)
+        total = total + reward.sum()
+    (gradient,) = torch.autograd.grad(total, actions)
+    assert torch.isfinite(gradient).all() and gradient[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_engines_observe_and_reward_a_state_alike(name):
+    soft, hard = make(name), make(name, physics="mujoco")
+    action = torch.rand(2, SIZES[name][1]) * 2 - 1
+    hard.step(action)
+    soft.set_state(hard.get_state())
+    torch.testing.assert_close(soft.detach(), hard.detach(), atol=1e-5, rtol=1e-5)
+    task, state = soft.task, (hard.qpos, hard.qvel, action.T)
+    torch.testing.assert_close(task.reward(*state), hard.task.reward(*state))
+    for env in (soft, hard):  # and one control step later they are still close
+        env.step(action)
+    assert float((soft.qpos - hard.qpos).abs().max()) < 0.1
+
+
+def state(env, qpos=None, qvel=None):
+    """The initial pose at rest with some rows changed, one environment."""
+    q = torch.tensor(env.model.mj_model.qpos0, dtype=torch.float32)[:, None]
+    v = torch.zeros(env.model.nv, 1)
+    for x, rows in ((q, qpos or {}), (v, qvel or {})):
+        for row, value in rows.items():
+            x[row] = value
+    return q, v
+
+
+TILT = (math.cos(0.15), 0.0, math.sin(0.15), 0.0)  # 0.3 rad about y: both cosines are cos(0.3)
+HEADING = 1.1 * math.cos(0.3)
+
+
+@pytest.mark.parametrize(
+    "name, qpos, qvel, expected",
+    [
+        ("cartpole", {0: 2.0, 1: math.pi + 1.0}, {0: 0.5, 1: -1.5}, -((math.pi - 1) ** 2) - 0.2 - 0.025 - 0.225),
+        ("hopper", {1: 1.25 - 0.2, 2: 0.1}, {0: 3.0}, 3.0 + 0.1 + 1 - (0.6 / math.pi) ** 2 - 0.1 * 3 * 0.25),
+        ("hopper", {1: 1.25 - 0.4}, {0: 1.0}, 1.0 - 200 * 0.01 + 1 - 0.1 * 3 * 0.25),
+        ("walker", {1: 1.25 + 0.2}, {0: 2.0}, 2.0 + 0.3 + 1 - 0.1 * 6 * 0.25),
+        ("cheetah", {0: 9.0}, {0: 4.0, 1: 1.0}, 4.0 - 0.1 * 6 * 0.25),
+        ("ant", {2: 0.6, **dict(zip((3, 4, 5, 6), TILT))}, {0: 5.0}, 5.0 + HEADING + 0.33),
+        ("anymal", {2: 0.5, **dict(zip((3, 4, 5, 6), TILT))}, {0: 2.0}, 2.0 + HEADING + 0.25 - 0.005 * 12 * 0.25),
+        ("humanoid", {2: 1.3, **dict(zip((3, 4, 5, 6), TILT))}, {0: 2.0}, 2.0 + HEADING + 1 - 0.002 * 17 * 0.25),
+        ("humanoid", {2: 0.8}, {0: 0.0}, 1.1 - 200 * 0.0016 - 0.002 * 17 * 0.25),
+    ],
+)
+def test_reward_of_a_state_computed_by_hand(name, qpos, qvel, expected):
+    env = make(name, 1)
+    q, v = state(env, qpos, qvel)
+    action = torch.full((env.model.nu, 1), 0.5)
+    assert float(env.task.reward(q, v, action)) == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "name, row, alive, fallen",
+    [("hopper", 1, 0.81, 0.79), ("walker", 1, 0.81, 0.79), ("ant", 2, 0.28, 0.26), ("anymal", 2, 0.26, 0.24),
+     ("humanoid", 2, 0.75, 0.73), ("cheetah", 1, -0.5, None), ("cartpole", 0, 3.9, None)],
+)  # fmt: skip
+def test_termination(name, row, alive, fallen):
+    env = make(name, 1)
+    assert not env.task.terminated(*state(env, {row: alive}))
+    assert fallen is None or env.task.terminated(*state(env, {row: fallen}))
+
+
+def test_anymal_has_the_robots_mass_and_stands_on_its_feet():
+    env = make("anymal", 1)
+    assert env.model.mj_model.body_subtreemass[0] == pytest.approx(44.95, abs=0.1)  # 19.2 + 4 (2.78 + 3.07 + .588)
+    for _ in range(120):
+        env.step(torch.zeros(1, 12))
+    force = diffsim.contact_force(env.model, env.qpos, env.qvel)[2].sum()
+    assert env.episode_length[0] == 120 and float(force) == pytest.approx(44.95 * 9.81, rel=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gymnasium_make_passes_its_checker(name):
+    with pytest.warns(UserWarning, match="infinity|inf"):  # unbounded observations, on purpose
+        check_env(gymnasium.make(f"diffsim/{name}").unwrapped)
+
+
+def test_numpy_view_is_the_same_environment():
+    tensors, arrays = make("hopper"), make("hopper").numpy()
+    (a, _), (b, _) = tensors.reset(seed=1), arrays.reset(seed=1)
+    np.testing.assert_array_equal(a, b)
+    for _ in range(70):  # a hopper that does nothing falls in a second
+        action = np.zeros((2, 3), np.float32)
+        a, ra, *_ = tensors.step(torch.from_numpy(action))
+        b, rb, terminated, truncated, info = arrays.step(action)
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(ra, rb)
+        assert isinstance(b, np.ndarray) and bool(info) == bool((terminated | truncated).any())
+        if info:
+            assert info["final_obs"][info["_final_obs"]][0, 0] < 0.81
+            assert (info["final_info"]["episode"]["l"][info["_final_info"]] > 10).all()
+            break
+    else:
+        raise AssertionError("no hopper fell")
+
+
+REACH = """
+    import torch
+    import diffsim
+
+    class Reach(diffsim.Task):
+        xml = '''<mujoco><option gravity="0 0 0"/><worldbody><body>
+          <joint name="shoulder" axis="0 0 1" damping=".2"/><geom type="capsule" fromto="0 0 0 .5 0 0" size=".04"/>
+          <body pos=".5 0 0"><joint name="elbow" axis="0 0 1" damping=".2" limited="true" range="-150 150"/>
+          <geom type="capsule" fromto="0 0 0 .5 0 0" size=".04"/></body></body></worldbody>
+          <actuator><motor joint="shoulder" gear="5" ctrlrange="-1 1"/><motor joint="elbow" gear="5" ctrlrange="-1 1"/>
+          </actuator></mujoco>'''
+        max_episode_steps = 60
+
+        def reset(self, model, count, generator):
+            qpos = torch.rand(2, count, generator=generator) - 0.5
+            return qpos, torch.zeros(2, count)
+
+        def observe(self, qpos, qvel, action):
+            return torch.cat([torch.sin(qpos), torch.cos(qpos), qvel])
+
+        def reward(self, qpos, qvel, action):
+            a, b = qpos[0], qpos[0] + qpos[1]
+            x, y = 0.5 * (torch.cos(a) + torch.cos(b)), 0.5 * (torch.sin(a) + torch.sin(b))
+            return -((x - 0.2) ** 2 + (y - 0.6) ** 2) - 0.01 * action.square().sum(0)
+"""
+
+
+@pytest.fixture
+def reach(tmp_path):
+    path = tmp_path / "my_task.py"
+    path.write_text(textwrap.dedent(REACH))
+    return f"{path}:Reach"
+
+
+def test_a_task_from_a_file(reach, tmp_path):
+    env = diffsim.make(reach, 3, compile=False)
+    assert env.reset()[0].shape == (3, 6)
+    assert playback_env(reach, 2).num_envs >= 2
+    file = reach.rpartition(":")[0]
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for name, message in (
+        (f"{file}:Reech", "no class Reech"),
+        (f"{file}:torch", "no class torch"),
+        ("nowhere.py:Reach", "no file nowhere.py"),
+        (f"{tmp_path}/broken.py:Reach", "ZeroDivisionError"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            diffsim.make(name)
+        assert "\n" not in str(error.value)
