@@ -43,7 +43,7 @@ class Args:
     """environment steps over all environments"""
     stagger: bool = True
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
-    actor_learning_rate: float = 2e-3
+    actor_learning_rate: float = 3e-3
     """initial learning rate of the policy; falls linearly to min_learning_rate"""
     critic_learning_rate: float = 5e-4
     """initial learning rate of the critic; falls linearly to min_learning_rate"""
@@ -63,7 +63,7 @@ class Args:
     """share of the target critic that is kept at each update"""
     critic_epochs: int = 16
     """passes over the window to fit the critic"""
-    num_minibatches: int = 4
+    critic_minibatches: int = 4
     """minibatches of such a pass"""
     actor_hidden: tuple[int, ...] = (128, 64, 32)
     """hidden layers of the policy"""
@@ -206,7 +206,7 @@ def atomic_save(thing, path: Path):
 
 def check(args: Args):
     """One line for every argument that cannot work."""
-    positive = ("num_envs", "horizon", "total_timesteps", "critic_epochs", "num_minibatches", "num_threads")
+    positive = ("num_envs", "horizon", "total_timesteps", "critic_epochs", "critic_minibatches", "num_threads")
     for name in (*positive, "eval_episodes", "save_every"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
@@ -216,8 +216,8 @@ def check(args: Args):
     for name in ("gamma", "gae_lambda", "target_alpha"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")
-    if args.horizon * args.num_envs < args.num_minibatches:
-        fail(f"--num-minibatches is {args.num_minibatches}, more than the samples of a window")
+    if args.horizon * args.num_envs < args.critic_minibatches:
+        fail(f"--critic-minibatches is {args.critic_minibatches}, more than the samples of a window")
 
 
 if __name__ == "__main__":
@@ -379,13 +379,13 @@ if __name__ == "__main__":
             inputs = normalizer(window["obs"]).flatten(0, 1)
         value_loss = 0.0
         for _ in range(args.critic_epochs):
-            for index in torch.randperm(batch_size, device=env.device).chunk(args.num_minibatches):
+            for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
                 error = nn.functional.mse_loss(critic(inputs[index]).squeeze(-1), targets[index])
                 critic_optimizer.zero_grad()
                 error.backward()
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                 critic_optimizer.step()
-                value_loss += float(error.detach()) / (args.critic_epochs * args.num_minibatches)
+                value_loss += float(error.detach()) / (args.critic_epochs * args.critic_minibatches)
         with torch.no_grad():
             for p, q in zip(target_critic.parameters(), critic.parameters()):
                 p.lerp_(q, 1 - args.target_alpha)
