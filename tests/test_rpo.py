@@ -1,4 +1,4 @@
-"""rpo_diffsim.py: the surrogate against SHAC's gradient, a naive one and a closed form; the script as a user runs it."""
+"""rpo_diffsim.py: the surrogate against SHAC, a naive gradient and a closed form; the script as a user runs it."""
 
 import subprocess
 import sys
