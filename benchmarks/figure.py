@@ -1,6 +1,12 @@
-"""Learning curves of committed CSVs: python benchmarks/figure.py -> results/ant_shac.png"""
+"""Learning curves from the committed CSVs: python benchmarks/figure.py -> results/<env>.png, and ant_<script>.png
+
+One figure a task: return while training against environment steps and against wall-clock, mean and range of the
+seeds for every script; and the gradient norms before clipping.
+"""
 
 import csv
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -10,29 +16,46 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
+LABELS = {"shac": "SHAC", "rpo_diffsim": "RPO", "shac-sapo": "SAPO", "ppo_baseline": "PPO"}
 
 
 def column(rows, key):
     return np.array([float(r[key]) if r[key] else np.nan for r in rows])
 
 
-if __name__ == "__main__":
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for path in sorted(RESULTS.glob("ant__shac__*.csv")):
+def runs(env: str) -> dict[str, list[list[dict]]]:
+    """Rows of every run of a task, by script (and variant)."""
+    found = defaultdict(list)
+    for path in sorted(RESULTS.glob(f"{env}__*__*.csv")):
         with open(path) as f:
-            rows = list(csv.DictReader(f))
-        seed = path.stem.split("__")[2]
-        step, wall, ret = (column(rows, k) for k in ("global_step", "wall_time_s", "episodic_return"))
-        axes[0].plot(step / 1e6, ret, label=f"seed {seed}")
-        axes[1].plot(wall / 60, ret)
-        axes[2].semilogy(step / 1e6, column(rows, "grad_norm_before_clip"), lw=0.4)
-    for axis, x, y in zip(
-        axes,
-        ("million environment steps", "minutes, start-up included", "million environment steps"),
-        ("return while training", "return while training", "gradient norm before clipping"),
-    ):
+            found[path.stem.split("__")[1]].append(list(csv.DictReader(f)))
+    return found
+
+
+def draw(env: str, scripts: dict, path: Path):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    for i, (script, seeds) in enumerate(scripts.items()):
+        label, color = f"{LABELS.get(script, script)} ({len(seeds)} seeds)", f"C{i}"
+        for axis, key, scale in ((axes[0], "global_step", 1e6), (axes[1], "wall_time_s", 60)):
+            xs = [column(rows, key) / scale for rows in seeds]
+            grid = np.linspace(0, min(x[-1] for x in xs), 300)
+            ys = np.stack([np.interp(grid, x, column(r, "episodic_return")) for x, r in zip(xs, seeds)])
+            axis.plot(grid, ys.mean(0), color=color, label=label)
+            axis.fill_between(grid, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
+        for rows in seeds:
+            axes[2].semilogy(column(rows, "global_step") / 1e6, column(rows, "grad_norm_before_clip"), color, lw=0.3)
+    steps, minutes = "million environment steps", "minutes, start-up included"
+    for axis, x, y in zip(axes, (steps, minutes, steps), ("return while training",) * 2 + ("gradient norm",)):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
+    axes[0].set_title(env)
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(RESULTS / "ant_shac.png", dpi=110)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    for env in sys.argv[1:] or sorted({p.stem.split("__")[0] for p in RESULTS.glob("*__*__*.csv")}):
+        main = {script: seeds for script, seeds in runs(env).items() if script in LABELS}
+        draw(env, main, RESULTS / f"{env}.png")

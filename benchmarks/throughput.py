@@ -1,4 +1,4 @@
-"""Ant's physics in substeps/s beside MuJoCo C on one thread: python benchmarks/throughput.py [--batches 64 256]
+"""Physics in substeps/s beside MuJoCo C on one thread: python benchmarks/throughput.py [--env ant] [--batches 64 256]
 
 Rows are written to results/throughput.csv as they come. Compiling takes about a minute for each new batch size.
 """
@@ -24,6 +24,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Args:
+    env: str = "ant"
+    """task"""
     batches: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)
     """numbers of environments"""
     eager: tuple[int, ...] = (1, 64, 256, 1024)
@@ -39,7 +41,8 @@ def mujoco_speed(env, seconds=2.0) -> float:
     m = env.model.mj_model.__copy__()
     m.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
     data = mujoco.MjData(m)
-    mujoco.mj_step(m, data, nstep=400)
+    data.qpos[:], data.qvel[:] = (x[:, 0].double().numpy() for x in env.task.reset(env.model, 1, torch.Generator()))
+    mujoco.mj_step(m, data, nstep=200)
     layout = mujoco.mjtState.mjSTATE_FULLPHYSICS
     state = np.zeros(mujoco.mj_stateSize(m, layout))
     mujoco.mj_getState(m, data, state, layout)
@@ -74,16 +77,16 @@ if __name__ == "__main__":
         writer = csv.writer(f)
         if new:
             writer.writerow(
-                "batch,compiled,threads,horizon,forward,forward_backward,mujoco,ratio,first_gradient_s,rss_mb".split(
+                "env,batch,compiled,threads,horizon,forward,forward_backward,mujoco,ratio,first_gradient_s,rss_mb".split(
                     ","
                 )
             )
         for compiled, batches in ((True, args.batches), (False, args.eager)):
             for batch in batches:
                 start = time.time()
-                env = diffsim.make("ant", batch, compile=compiled)
+                env = diffsim.make(args.env, batch, compile=compiled)
                 env.reset()
-                actions = (0.3 * torch.randn(args.horizon, batch, 8)).clamp(-1, 1).requires_grad_()
+                actions = (0.3 * torch.randn(args.horizon, batch, env.model.nu)).clamp(-1, 1).requires_grad_()
                 window(env, actions[:1], True)
                 first = time.time() - start
                 repeats = 5 if compiled else 2
@@ -95,7 +98,15 @@ if __name__ == "__main__":
                 work = batch * args.horizon * env.substeps
                 fb, c = work / np.median(both), float(np.median(reference))
                 rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                row = [batch, compiled, args.num_threads, args.horizon, round(work / np.median(forward)), round(fb)]
+                row = [
+                    args.env,
+                    batch,
+                    compiled,
+                    args.num_threads,
+                    args.horizon,
+                    round(work / np.median(forward)),
+                    round(fb),
+                ]
                 writer.writerow([*row, round(c), round(fb / c, 2), round(first, 1), round(rss)])
                 f.flush()
                 print(batch, "compiled" if compiled else "eager", f"{fb:,.0f} substeps/s, MuJoCo {c:,.0f}", flush=True)
