@@ -4,11 +4,17 @@ Roll N environments forward for a short window, add a smooth critic's value of t
 the sum of rewards through the simulator into the policy (eq. 5). Then cut the graph, fit the critic to TD(lambda)
 targets of the same window (eq. 6-7), and go on from where the environments are.
 
+With entropy in the rewards, a learned temperature and two critics without a target network this is SAPO (Xing et al.,
+ICLR 2025, arXiv 2412.12089), up to the entropy being that of the Gaussian before tanh.
+
     python shac.py --env ant                                     # trains in minutes on a laptop's CPU
     python shac.py --env ant --seed 2 --num-envs 64 --horizon 32 # the paper's window
+    python shac.py --env ant --entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 \
+        --no-target-critic --activation silu --weight-decay 0.01 --max-grad-norm 0.5   # SAPO
     python -m diffsim.play runs/ant__shac__1__<time>             # returns, and --video ant.mp4
 """
 
+import copy
 import csv
 import os
 import random
@@ -16,7 +22,9 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 START = time.time()  # wall-clock counts from here, imports and compilation included
 
@@ -49,6 +57,8 @@ class Args:
     """initial learning rate of the critic; falls linearly to min_learning_rate"""
     min_learning_rate: float = 1e-5
     """learning rate at the end"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay of policy and critic"""
     adam_beta1: float = 0.7
     """Adam's first moment decay"""
     adam_beta2: float = 0.95
@@ -61,6 +71,10 @@ class Args:
     """lambda of the TD(lambda) targets"""
     target_alpha: float = 0.2
     """share of the target critic that is kept at each update"""
+    num_critics: int = 1
+    """critics; the policy bootstraps with their mean, the TD(lambda) targets with their minimum"""
+    target_critic: bool = True
+    """bootstrap with a copy of the critic that follows it slowly"""
     critic_epochs: int = 16
     """passes over the window to fit the critic"""
     critic_minibatches: int = 4
@@ -69,8 +83,18 @@ class Args:
     """hidden layers of the policy"""
     critic_hidden: tuple[int, ...] = (64, 64)
     """hidden layers of the critic"""
+    activation: Literal["elu", "silu"] = "elu"
+    """activation function of policy and critic"""
     log_std_init: float = -1.0
     """initial log standard deviation of the policy's noise, before tanh"""
+    state_dependent_std: bool = False
+    """let the policy's noise depend on the observation"""
+    entropy_coef: float = 0.0
+    """temperature: weight of the policy's entropy, scaled to about [0, 1], in every reward; 0: SHAC"""
+    learn_entropy_coef: bool = False
+    """adapt the temperature so that the entropy comes to -act_dim / 2"""
+    entropy_learning_rate: float = 5e-3
+    """learning rate of the temperature"""
     device: str = "cpu"
     """cpu or cuda"""
     compile: bool = True
@@ -112,11 +136,11 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def mlp(sizes: list[int]) -> nn.Sequential:
+def mlp(sizes: list[int], activation: str) -> nn.Sequential:
     """Linear - ELU - LayerNorm; the last layer plain and small, so that actions and values start near zero."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes[:-2], sizes[1:-1]):
-        layers += [nn.Linear(i, o), nn.ELU(), nn.LayerNorm(o)]
+        layers += [nn.Linear(i, o), nn.ELU() if activation == "elu" else nn.SiLU(), nn.LayerNorm(o)]
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     for layer in layers:
         if isinstance(layer, nn.Linear):
@@ -126,15 +150,34 @@ def mlp(sizes: list[int]) -> nn.Sequential:
 
 
 class Actor(nn.Module):
-    """tanh(N(mean(obs), std)): a Gaussian with state-independent deviation, squashed."""
+    """Gaussian over u, the action before tanh; entropy is that of u."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.mean = mlp([obs_dim, *args.actor_hidden, act_dim])
+        sizes = [obs_dim, *args.actor_hidden, act_dim]
+        self.mean = mlp(sizes, args.activation)
         self.log_std = nn.Parameter(torch.full((act_dim,), args.log_std_init))
+        self.log_std_net = mlp(sizes, args.activation) if args.state_dependent_std else None
 
-    def forward(self, obs, noise):
-        return torch.tanh(self.mean(obs) + self.log_std.exp() * noise)
+    def forward(self, obs):
+        """mean and log standard deviation, both (..., act_dim)"""
+        mean, log_std = self.mean(obs), self.log_std
+        if self.log_std_net is not None:
+            log_std = (log_std + self.log_std_net(obs)).clamp(-5, 2)
+        return mean, log_std.expand_as(mean)
+
+
+class Critics(nn.Module):
+    """One critic or several."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        sizes = [obs_dim, *args.critic_hidden, 1]
+        self.members = nn.ModuleList(mlp(sizes, args.activation) for _ in range(args.num_critics))
+
+    def forward(self, obs):
+        """(num_critics, ...)"""
+        return torch.stack([member(obs).squeeze(-1) for member in self.members])
 
 
 class Normalizer(nn.Module):
@@ -206,7 +249,15 @@ def atomic_save(thing, path: Path):
 
 def check(args: Args):
     """One line for every argument that cannot work."""
-    positive = ("num_envs", "horizon", "total_timesteps", "critic_epochs", "critic_minibatches", "num_threads")
+    positive = (
+        "num_envs",
+        "horizon",
+        "total_timesteps",
+        "critic_epochs",
+        "critic_minibatches",
+        "num_threads",
+        "num_critics",
+    )
     for name in (*positive, "eval_episodes", "save_every"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
@@ -216,6 +267,10 @@ def check(args: Args):
     for name in ("gamma", "gae_lambda", "target_alpha"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")
+    if args.entropy_coef < 0:
+        fail(f"--entropy-coef is {args.entropy_coef}; it must not be negative")
+    if args.learn_entropy_coef and not args.entropy_coef:
+        fail("--learn-entropy-coef needs an --entropy-coef above 0 to start from")
     if args.horizon * args.num_envs < args.critic_minibatches:
         fail(f"--critic-minibatches is {args.critic_minibatches}, more than the samples of a window")
 
@@ -253,17 +308,22 @@ if __name__ == "__main__":
     num_iterations = max(1, args.total_timesteps // batch_size)
 
     actor = Actor(obs_dim, act_dim, args).to(env.device)
-    critic = mlp([obs_dim, *args.critic_hidden, 1]).to(env.device)
-    target_critic = mlp([obs_dim, *args.critic_hidden, 1]).to(env.device)
-    target_critic.load_state_dict(critic.state_dict())
+    critic = Critics(obs_dim, args).to(env.device)
+    target_critic = copy.deepcopy(critic) if args.target_critic else critic
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
     betas = (args.adam_beta1, args.adam_beta2)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_learning_rate, betas, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, betas, fused=True)
+    adam = partial(torch.optim.AdamW, betas=betas, weight_decay=args.weight_decay, fused=True)
+    actor_optimizer = adam(actor.parameters(), args.actor_learning_rate)
+    critic_optimizer = adam(critic.parameters(), args.critic_learning_rate)
+    temperature = nn.ParameterList([torch.tensor(max(args.entropy_coef, 1e-8)).log()]).to(env.device)
+    temperature_optimizer = torch.optim.Adam(temperature, args.entropy_learning_rate)
+    soft = args.entropy_coef > 0
+    target_entropy = -act_dim / 2
 
     modules = dict(actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer)
     modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    modules |= dict(temperature=temperature, temperature_optimizer=temperature_optimizer)
     global_step = first_iteration = 0
     elapsed_before = 0.0
     recent: list[list[float]] = []  # return and length of the latest episodes
@@ -290,7 +350,7 @@ if __name__ == "__main__":
     fields = (
         "iteration,global_step,wall_time_s,SPS,episodic_return,episodic_length,eval_return,eval_return_std,mujoco_return,"
         "policy_loss,value_loss,grad_norm_before_clip,grad_norm_after_clip,nonfinite_grads,nonfinite_states,"
-        "entropy,learning_rate"
+        "entropy,entropy_coef,learning_rate"
     ).split(",")
     rows = []
     if checkpoint is not None and (run / "metrics.csv").exists():  # drop what came after the checkpoint
@@ -326,15 +386,21 @@ if __name__ == "__main__":
         # --- rollout: one window with its graph -----------------------------------------------------------
         obs = env.detach()
         target_critic.requires_grad_(False)
+        entropy_coef, entropies = float(temperature[0].detach().exp()) if soft else 0.0, []
         loss = torch.zeros((), device=env.device)
         discount = torch.ones(args.num_envs, device=env.device)
         storage: dict[str, list] = {k: [] for k in ("obs", "final_obs", "reward", "terminated", "truncated")}
         nonfinite_states = 0
         for t in range(args.horizon):
-            action = actor(normalizer(obs), torch.randn(args.num_envs, act_dim, device=env.device))
+            mean, log_std = actor(normalizer(obs))
+            u = mean + log_std.exp() * torch.randn(args.num_envs, act_dim, device=env.device)
             storage["obs"].append(obs.detach())
-            obs, reward, terminated, truncated, info = env.step(action)
+            obs, reward, terminated, truncated, info = env.step(torch.tanh(u))
             final_obs = info["final_obs"]
+            entropy = (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
+            entropies.append(entropy.detach().mean())
+            if soft:  # SAPO: the entropy, offset and scaled to about [0, 1], is part of the reward
+                reward = reward + entropy_coef * (entropy - target_entropy) / (-2 * target_entropy)
             loss = loss - (discount * reward).sum()
             discount = discount * args.gamma
             done = terminated | truncated
@@ -342,7 +408,7 @@ if __name__ == "__main__":
             if any_done or t == args.horizon - 1:  # an episode, or the window, ends: add its value (eq. 5)
                 ends = done if t < args.horizon - 1 else torch.ones_like(done)
                 bootstrap = ends & ~terminated
-                value = target_critic(normalizer(final_obs)).squeeze(-1)
+                value = target_critic(normalizer(final_obs)).mean(0)
                 loss = loss - torch.where(bootstrap, discount * value, 0.0).sum()
                 discount = torch.where(done, 1.0, discount)
             if any_done:
@@ -368,24 +434,30 @@ if __name__ == "__main__":
         else:
             actor_optimizer.step()
         norm_after = min(norm_before, args.max_grad_norm)
+        entropy = torch.stack(entropies).mean()
+        if soft and args.learn_entropy_coef:
+            temperature_optimizer.zero_grad()
+            (temperature[0].exp() * (entropy - target_entropy)).backward()
+            temperature_optimizer.step()
 
         # --- critic: TD(lambda) regression ----------------------------------------------------------------
         window = {k: torch.stack(v) for k, v in storage.items()}
         with torch.no_grad():
-            next_values = target_critic(normalizer(window["final_obs"])).squeeze(-1)
+            next_values = target_critic(normalizer(window["final_obs"])).amin(0)
             targets = td_lambda(
                 window["reward"], next_values, window["terminated"], window["truncated"], args.gamma, args.gae_lambda
             ).flatten()
             inputs = normalizer(window["obs"]).flatten(0, 1)
         value_loss = 0.0
+        critic.requires_grad_(True)
         for _ in range(args.critic_epochs):
             for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
-                error = nn.functional.mse_loss(critic(inputs[index]).squeeze(-1), targets[index])
+                error = ((critic(inputs[index]) - targets[index]) ** 2).mean(1).sum()
                 critic_optimizer.zero_grad()
                 error.backward()
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                 critic_optimizer.step()
-                value_loss += float(error.detach()) / (args.critic_epochs * args.critic_minibatches)
+                value_loss += float(error.detach()) / (args.critic_epochs * args.critic_minibatches * args.num_critics)
         with torch.no_grad():
             for p, q in zip(target_critic.parameters(), critic.parameters()):
                 p.lerp_(q, 1 - args.target_alpha)
@@ -402,17 +474,14 @@ if __name__ == "__main__":
             if mujoco_env is not None:
                 row["mujoco_return"] = float(evaluate(mujoco_env, policy, args.eval_episodes).mean())
                 writer.add_scalar("eval/mujoco_return", row["mujoco_return"], global_step)
-            print(
-                f"\rstep {global_step:>9,}  evaluation {row['eval_return']:.0f}  mujoco {row['mujoco_return']}",
-                flush=True,
-            )
+            on_mujoco = f", on MuJoCo {row['mujoco_return']:.0f}" if mujoco_env is not None else ""
+            print(f"\rstep {global_step:>9,}  evaluation {row['eval_return']:.0f}{on_mujoco}", flush=True)
         wall = elapsed_before + time.time() - START
-        entropy = float((actor.log_std.detach() + 0.5 * np.log(2 * np.pi * np.e)).sum())
         row |= dict(
             iteration=iteration, global_step=global_step, wall_time_s=round(wall, 3), SPS=int(global_step / wall),
             policy_loss=float(loss.detach()), value_loss=value_loss, grad_norm_before_clip=norm_before,
             grad_norm_after_clip=norm_after, nonfinite_grads=nonfinite_grads, nonfinite_states=nonfinite_states,
-            entropy=entropy, learning_rate=actor_optimizer.param_groups[0]["lr"],
+            entropy=float(entropy), entropy_coef=entropy_coef, learning_rate=actor_optimizer.param_groups[0]["lr"],
         )  # fmt: skip
         if recent:
             row["episodic_return"], row["episodic_length"] = (float(x) for x in np.mean(recent, 0))
