@@ -64,7 +64,7 @@ class Args:
     """let the policy's noise depend on the observation"""
     actor_learning_rate: float = 2e-3
     """initial learning rate of the policy; falls linearly to min_learning_rate (the paper: 5e-4)"""
-    critic_learning_rate: float = 5e-4
+    critic_learning_rate: float = 1e-3
     """initial learning rate of the critic; falls linearly to min_learning_rate"""
     min_learning_rate: float = 1e-5
     """learning rate at the end"""
@@ -504,10 +504,8 @@ if __name__ == "__main__":
             if mujoco_env is not None:
                 row["mujoco_return"] = float(evaluate(mujoco_env, policy, args.eval_episodes).mean())
                 writer.add_scalar("eval/mujoco_return", row["mujoco_return"], global_step)
-            print(
-                f"\rstep {global_step:>9,}  evaluation {row['eval_return']:.0f}  mujoco {row['mujoco_return']}",
-                flush=True,
-            )
+            on_mujoco = f", on MuJoCo {row['mujoco_return']:.0f}" if mujoco_env is not None else ""
+            print(f"\rstep {global_step:>9,}  evaluation {row['eval_return']:.0f}{on_mujoco}", flush=True)
         wall = elapsed_before + time.time() - START
         row |= dict(
             iteration=iteration, global_step=global_step, wall_time_s=round(wall, 3), SPS=int(global_step / wall),

@@ -1,5 +1,6 @@
 """Watch a trained policy, and measure it: python -m diffsim.play RUN_OR_POLICY [--physics mujoco] [--video ant.mp4]"""
 
+import logging
 import sys
 import warnings
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ def load_policy(path) -> tuple[torch.nn.Module, str]:
     if not path.is_file():
         raise ValueError(f"no policy at {path}")
     extra = {"env": ""}
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it prints a traceback before it raises
     try:
         program = torch.export.load(path, extra_files=extra)
     except Exception as e:
