@@ -12,6 +12,7 @@ Not to be confused with CleanRL's rpo_continuous_action.py, which is Robust Poli
     python -m diffsim.play runs/ant__rpo_diffsim__1__<time>  # returns, and --video ant.mp4
 """
 
+import copy
 import csv
 import os
 import random
@@ -19,7 +20,9 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 START = time.time()  # wall-clock counts from here, imports and compilation included
 
@@ -60,14 +63,14 @@ class Args:
     """weight of KL(old || new)"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus (the paper: 0.2 on Ant, 0.25 on Hopper)"""
-    state_dependent_std: bool = False
-    """let the policy's noise depend on the observation"""
     actor_learning_rate: float = 2e-3
     """initial learning rate of the policy; falls linearly to min_learning_rate (the paper: 5e-4)"""
     critic_learning_rate: float = 1e-3
     """initial learning rate of the critic; falls linearly to min_learning_rate"""
     min_learning_rate: float = 1e-5
     """learning rate at the end"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay of policy and critic"""
     adam_beta1: float = 0.7
     """Adam's first moment decay"""
     adam_beta2: float = 0.95
@@ -90,8 +93,12 @@ class Args:
     """hidden layers of the policy"""
     critic_hidden: tuple[int, ...] = (64, 64)
     """hidden layers of the critic"""
+    activation: Literal["elu", "silu"] = "elu"
+    """activation function of policy and critic"""
     log_std_init: float = -1.0
     """initial log standard deviation of the policy's noise, before tanh"""
+    state_dependent_std: bool = False
+    """let the policy's noise depend on the observation"""
     device: str = "cpu"
     """cpu or cuda"""
     compile: bool = True
@@ -133,11 +140,11 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def mlp(sizes: list[int]) -> nn.Sequential:
+def mlp(sizes: list[int], activation: str) -> nn.Sequential:
     """Linear - ELU - LayerNorm; the last layer plain and small, so that actions and values start near zero."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes[:-2], sizes[1:-1]):
-        layers += [nn.Linear(i, o), nn.ELU(), nn.LayerNorm(o)]
+        layers += [nn.Linear(i, o), nn.ELU() if activation == "elu" else nn.SiLU(), nn.LayerNorm(o)]
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     for layer in layers:
         if isinstance(layer, nn.Linear):
@@ -147,37 +154,34 @@ def mlp(sizes: list[int]) -> nn.Sequential:
 
 
 class Actor(nn.Module):
-    """Gaussian over u, the action before tanh. Ratios, KL and entropy are those of u: tanh cancels in the ratio."""
+    """Gaussian over u, the action before tanh; ratio, KL and entropy are those of u (tanh cancels in the ratio)."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.mean = mlp([obs_dim, *args.actor_hidden, act_dim])
-        self.state_dependent = args.state_dependent_std
-        if self.state_dependent:
-            self.log_std_net = mlp([obs_dim, *args.actor_hidden, act_dim])
+        sizes = [obs_dim, *args.actor_hidden, act_dim]
+        self.mean = mlp(sizes, args.activation)
         self.log_std = nn.Parameter(torch.full((act_dim,), args.log_std_init))
+        self.log_std_net = mlp(sizes, args.activation) if args.state_dependent_std else None
 
     def forward(self, obs):
         """mean and log standard deviation, both (..., act_dim)"""
         mean, log_std = self.mean(obs), self.log_std
-        if self.state_dependent:
-            log_std = log_std + self.log_std_net(obs)
-        return mean, log_std.clamp(-5, 2).expand_as(mean)
+        if self.log_std_net is not None:
+            log_std = (log_std + self.log_std_net(obs)).clamp(-5, 2)
+        return mean, log_std.expand_as(mean)
 
 
 class Critics(nn.Module):
-    """Several critics; their mean is the value."""
+    """One critic or several."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        self.members = nn.ModuleList(mlp([obs_dim, *args.critic_hidden, 1]) for _ in range(args.num_critics))
+        sizes = [obs_dim, *args.critic_hidden, 1]
+        self.members = nn.ModuleList(mlp(sizes, args.activation) for _ in range(args.num_critics))
 
     def forward(self, obs):
         """(num_critics, ...)"""
         return torch.stack([member(obs).squeeze(-1) for member in self.members])
-
-    def value(self, obs):
-        return self(obs).mean(0)
 
 
 class Normalizer(nn.Module):
@@ -330,13 +334,13 @@ if __name__ == "__main__":
 
     actor = Actor(obs_dim, act_dim, args).to(env.device)
     critic = Critics(obs_dim, args).to(env.device)
-    target_critic = Critics(obs_dim, args).to(env.device).requires_grad_(False)
-    target_critic.load_state_dict(critic.state_dict())
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
     betas = (args.adam_beta1, args.adam_beta2)
-    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, betas, fused=True)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, betas, fused=True)
+    adam = partial(torch.optim.AdamW, betas=betas, weight_decay=args.weight_decay, fused=True)
+    actor_optimizer = adam(actor.parameters(), args.actor_learning_rate)
+    critic_optimizer = adam(critic.parameters(), args.critic_learning_rate)
 
     modules = dict(actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer)
     modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
@@ -422,7 +426,7 @@ if __name__ == "__main__":
             if any_done or t == args.horizon - 1:  # an episode, or the window, ends: add its value (SHAC, eq. 5)
                 ends = done if t < args.horizon - 1 else torch.ones_like(done)
                 bootstrap = ends & ~terminated
-                value = target_critic.value(normalizer(final_obs))
+                value = target_critic(normalizer(final_obs)).mean(0)
                 loss = loss - torch.where(bootstrap, discount * value, 0.0).sum()
                 discount = torch.where(done, 1.0, discount)
             if any_done:
@@ -474,7 +478,7 @@ if __name__ == "__main__":
         # --- critic: TD(lambda) regression ----------------------------------------------------------------
         tick = time.perf_counter()
         with torch.no_grad():
-            next_values = target_critic.value(normalizer(window["final_obs"]))
+            next_values = target_critic(normalizer(window["final_obs"])).mean(0)
             targets = td_lambda(
                 window["reward"], next_values, window["terminated"], window["truncated"], args.gamma, args.gae_lambda
             ).flatten()
