@@ -5,7 +5,7 @@ the sum of rewards through the simulator into the policy (eq. 5). Then cut the g
 targets of the same window (eq. 6-7), and go on from where the environments are.
 
 With entropy in the rewards, a learned temperature and two critics without a target network this is SAPO (Xing et al.,
-ICLR 2025, arXiv 2412.12089), up to the entropy being that of the Gaussian before tanh.
+ICLR 2025, arXiv 2412.12089).
 
     python shac.py --env ant                                     # trains in minutes on a laptop's CPU
     python shac.py --env ant --seed 2 --num-envs 64 --horizon 32 # the paper's window
@@ -150,7 +150,7 @@ def mlp(sizes: list[int], activation: str) -> nn.Sequential:
 
 
 class Actor(nn.Module):
-    """Gaussian over u, the action before tanh; entropy is that of u."""
+    """Gaussian over u, the action before tanh."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -211,6 +211,12 @@ class DeterministicPolicy(nn.Module):
 
     def forward(self, obs):
         return torch.tanh(self.mean(self.normalizer(obs)))
+
+
+def squashed_entropy(u, log_std):
+    """Entropy (...,) of tanh(u), u a sample of a Gaussian of that log deviation: exact up to the tanh's share."""
+    log_slope = 2 * (np.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
+    return (log_std + 0.5 * np.log(2 * np.pi * np.e) + log_slope).sum(-1)
 
 
 def td_lambda(rewards, next_values, terminated, truncated, gamma: float, lam: float):
@@ -397,7 +403,7 @@ if __name__ == "__main__":
             storage["obs"].append(obs.detach())
             obs, reward, terminated, truncated, info = env.step(torch.tanh(u))
             final_obs = info["final_obs"]
-            entropy = (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
+            entropy = squashed_entropy(u, log_std)
             entropies.append(entropy.detach().mean())
             if soft:  # SAPO: the entropy, offset and scaled to about [0, 1], is part of the reward
                 reward = reward + entropy_coef * (entropy - target_entropy) / (-2 * target_entropy)

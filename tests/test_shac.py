@@ -33,12 +33,19 @@ def short_episodes(tmp_path):
     return ["--total-timesteps", 40, "--run-dir", tmp_path]
 
 
-def test_same_seed_same_bits_and_resume_is_exact(tmp_path):
-    shac(*TINY, *short_episodes(tmp_path / "a"), "--stop-after", 4)
-    shac(*TINY, *short_episodes(tmp_path / "b"), "--stop-after", 2)
+SAPO = (
+    "--entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 --no-target-critic --activation silu "
+    "--weight-decay 0.01 --max-grad-norm 0.5"
+).split()
+
+
+@pytest.mark.parametrize("flags", [[], SAPO], ids=["shac", "sapo"])
+def test_same_seed_same_bits_and_resume_is_exact(flags, tmp_path):
+    shac(*TINY, *flags, *short_episodes(tmp_path / "a"), "--stop-after", 4)
+    shac(*TINY, *flags, *short_episodes(tmp_path / "b"), "--stop-after", 2)
     run = next((tmp_path / "b").iterdir())
     shac("--resume", run, "--stop-after", 4)
-    shac(*TINY, *short_episodes(tmp_path / "c"), "--stop-after", 4, "--seed", 2)
+    shac(*TINY, *flags, *short_episodes(tmp_path / "c"), "--stop-after", 4, "--seed", 2)
     a, b, c = (rows(tmp_path / x) for x in "abc")
     assert len(a) == 4 and a == b and a != c
     one, two = (torch.load(next((tmp_path / x).iterdir()) / "checkpoint.pt", weights_only=True) for x in "ab")
@@ -160,3 +167,18 @@ def test_play_names_what_it_cannot_read(tmp_path):
     for path, message in ((tmp_path / "nowhere", "no policy at"), (tmp_path, "not a readable policy")):
         done = play(path, expect=2)
         assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_entropy_of_the_squashed_policy_by_quadrature():
+    from shac import squashed_entropy
+
+    torch.manual_seed(0)
+    mean, log_std = torch.tensor([0.3, -1.0]).double(), torch.tensor([-1.0, 0.5]).double()
+    u = mean + log_std.exp() * torch.randn(400_000, 2, dtype=torch.float64)
+    estimate = squashed_entropy(u, log_std.expand_as(u))
+    exact = 0.0
+    for m, s in zip(mean, log_std.exp()):  # -integral p(a) log p(a) da with a = tanh(x)
+        x = torch.linspace(float(m - 12 * s), float(m + 12 * s), 200_001, dtype=torch.float64)
+        log_p = torch.distributions.Normal(m, s).log_prob(x)
+        exact -= torch.trapezoid(log_p.exp() * (log_p - 2 * torch.log(1 / torch.cosh(x))), x)
+    assert float(estimate.mean()) == pytest.approx(float(exact), abs=4 * float(estimate.std()) / 400_000**0.5)
