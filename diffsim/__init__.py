@@ -7,7 +7,8 @@ import torch
 
 from diffsim.dynamics import bias_force, contact_force, mass_matrix, step
 from diffsim.env import DiffEnv
-from diffsim.model import Model, Softness, UnsupportedError, load_model
+from diffsim.mjcf import UnsupportedError
+from diffsim.model import Model, Softness, load_model
 from diffsim.numpy_env import NumpyEnv
 from diffsim.tasks import TASKS, Task, find_task
 

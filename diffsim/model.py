@@ -14,15 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsim.mjcf import JOINT, UnsupportedError, check, collide, label
 from diffsim.spatial import Mat, Sym, Vec
 
-JOINT = {0: "free", 1: "ball", 2: "slide", 3: "hinge"}  # mujoco.mjtJoint
 GEOM = mujoco.mjtGeom
 HINGE_OR_SLIDE = ("hinge", "slide")
-
-
-class UnsupportedError(ValueError):
-    """The MJCF uses something that diffsim does not simulate; the message names it."""
 
 
 class SelfCollisionWarning(UserWarning):
@@ -162,79 +158,13 @@ def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softnes
         raise ValueError(f"cannot read MJCF {name}: {' '.join(str(e).split())}") from None
     if timestep is not None:
         mj_model.opt.timestep = timestep
-    _check(mj_model, name)
+    check(mj_model, name)
     return build_model(mj_model, softness, device, dtype)
 
 
 def build_model(mj_model: mujoco.MjModel, softness: Softness, device, dtype) -> Model:
     """Constant tensors of a compiled MuJoCo model that `load_model` accepts."""
     return _Builder(mj_model, softness, torch.device(device), dtype).build()
-
-
-def _label(m, kind, i) -> str:
-    return f"{kind} '{getattr(m, kind)(i).name or i}'"
-
-
-def _check(m: mujoco.MjModel, name: str):
-    """Raise on everything that would move the robot differently and that diffsim does not simulate."""
-
-    def no(what, instead=""):
-        raise UnsupportedError(f"{name}: {what} is not supported by diffsim" + (f"; {instead}" if instead else ""))
-
-    for count, what in (
-        (m.neq, "an equality constraint"), (m.nflex, "a flex"), (m.nplugin, "a plugin"),
-        (m.nmocap, "a mocap body"), (m.npair, "an explicit contact pair"), (m.ngravcomp, "gravcomp"),
-    ):  # fmt: skip
-        if count:
-            no(what)
-    for i in range(m.ntendon):  # one that only measures does not matter
-        acts = (m.tendon_limited, m.tendon_stiffness, m.tendon_damping, m.tendon_frictionloss, m.tendon_armature)
-        if any(np.any(a[i]) for a in acts):
-            no(f"the {_label(m, 'tendon', i)}")
-    if m.opt.density > 0 or m.opt.viscosity > 0:
-        no("a fluid (option density, viscosity)")
-    if m.opt.wind.any():
-        no("wind")
-    if m.nv == 0:
-        no("a model without joints")
-    for i in range(m.njnt):
-        frictionless = m.dof_frictionloss[m.jnt_dofadr[i]] == 0
-        if not frictionless:
-            no(f"frictionloss of {_label(m, 'joint', i)}", "use damping")
-        if m.jnt_limited[i] and JOINT[m.jnt_type[i]] == "ball":
-            no(f"the range of ball {_label(m, 'joint', i)}", "use three hinges")
-    for i in range(m.nu):
-        if int(m.actuator_trntype[i]) not in (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT):
-            no(f"the transmission of {_label(m, 'actuator', i)}", "drive a joint")
-        if int(m.actuator_dyntype[i]) != mujoco.mjtDyn.mjDYN_NONE:
-            no(f"the activation dynamics of {_label(m, 'actuator', i)}", "use <motor> or <position>")
-        if int(m.actuator_gaintype[i]) != mujoco.mjtGain.mjGAIN_FIXED:
-            no(f"the gain type of {_label(m, 'actuator', i)}", "use <motor> or <position>")
-        if int(m.actuator_biastype[i]) not in (mujoco.mjtBias.mjBIAS_NONE, mujoco.mjtBias.mjBIAS_AFFINE):
-            no(f"the bias type of {_label(m, 'actuator', i)}", "use <motor> or <position>")
-        joint = m.actuator_trnid[i, 0]
-        if JOINT[m.jnt_type[joint]] in ("free", "ball") and int(m.actuator_biastype[i]) != mujoco.mjtBias.mjBIAS_NONE:
-            no(f"{_label(m, 'actuator', i)}, a servo on a {JOINT[m.jnt_type[joint]]} joint", "use <motor>")
-        if m.actuator_forcelimited[i]:
-            no(f"the forcerange of {_label(m, 'actuator', i)}", "limit ctrlrange")
-    for i in range(m.njnt):
-        if m.jnt_actfrclimited[i]:
-            no(f"the actuatorfrcrange of {_label(m, 'joint', i)}", "limit ctrlrange")
-    for moving in (g for g in range(m.ngeom) if m.body_weldid[m.geom_bodyid[g]]):
-        for fixed in (g for g in range(m.ngeom) if not m.body_weldid[m.geom_bodyid[g]]):
-            if not _collide(m, moving, fixed):
-                continue
-            if int(m.geom_type[fixed]) != GEOM.mjGEOM_PLANE:
-                no(f"contact with the fixed {_label(m, 'geom', fixed)}", "only planes; or set contype=conaffinity=0")
-            if abs(m.geom_quat[fixed][1:3]).max() > 1e-9 or abs(m.body_quat[m.geom_bodyid[fixed]][1:3]).max() > 1e-9:
-                no(f"the tilted plane {_label(m, 'geom', fixed)}", "keep it level and tilt gravity")
-            if int(m.geom_type[moving]) not in (GEOM.mjGEOM_SPHERE, GEOM.mjGEOM_CAPSULE, GEOM.mjGEOM_BOX):
-                kind = GEOM(m.geom_type[moving]).name.removeprefix("mjGEOM_").lower()
-                no(f"contact of {_label(m, 'geom', moving)} ({kind})", "use sphere, capsule or box")
-
-
-def _collide(m, a, b) -> bool:
-    return bool((m.geom_contype[a] & m.geom_conaffinity[b]) | (m.geom_contype[b] & m.geom_conaffinity[a]))
 
 
 class _Builder:
@@ -327,7 +257,7 @@ class _Builder:
             g.damping = self.column(m.dof_damping[dof])
         if m.jnt_stiffness[joints].any():
             if g.kind in ("free", "ball"):
-                raise UnsupportedError(f"stiffness of {_label(m, 'joint', joints[0])} ({g.kind}) is not supported")
+                raise UnsupportedError(f"stiffness of {label(m, 'joint', joints[0])} ({g.kind}) is not supported")
             g.stiffness = self.column(m.jnt_stiffness[joints])
             g.spring_ref = self.column(m.qpos_spring[m.jnt_qposadr[joints]])
         limited = m.jnt_limited[joints].astype(bool)
@@ -413,7 +343,7 @@ class _Builder:
                 corners = np.stack(np.meshgrid(*[[-1, 1]] * 3), -1).reshape(8, 3)
                 points, radius = list(center + (corners * size) @ r_geom.T), 0.0
             for plane in planes:
-                if not _collide(m, geom, plane):
+                if not collide(m, geom, plane):
                     continue
                 margin = self.margin(geom, plane)
                 timeconst, ratio = self.solref(self.mixed_solref(geom, plane))
@@ -500,9 +430,9 @@ class _Builder:
         above = m.body_weldid[m.body_parentid[weld]]
         pairs = [
             (a, b) for i, a in enumerate(moving) for b in moving[i + 1 :]
-            if _collide(m, a, b) and weld[a] != weld[b] and above[a] != weld[b] and above[b] != weld[a]
+            if collide(m, a, b) and weld[a] != weld[b] and above[a] != weld[b] and above[b] != weld[a]
         ]  # fmt: skip
         if pairs:
-            names = " and ".join(_label(m, "geom", g) for g in pairs[0])
+            names = " and ".join(label(m, "geom", g) for g in pairs[0])
             message = f"contact between moving geoms is ignored ({len(pairs)} pairs, {names} first)"
             warnings.warn(message, SelfCollisionWarning, stacklevel=4)

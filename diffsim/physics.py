@@ -41,6 +41,7 @@ INDUCTOR = {
 }
 
 KINDS = ("forward", "backward")
+SOURCES = ("spatial", "contact", "kinematics", "forces", "articulated", "dynamics", "model", "physics")  # of the step
 
 
 class DiffsimPhysics:
@@ -123,7 +124,7 @@ def _load(path: Path):
 def _key(model: Model) -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
-        if source.stem in ("spatial", "contact", "dynamics", "model", "physics"):
+        if source.stem in SOURCES:
             digest.update(source.read_bytes())
     buffer = np.empty(mujoco.mj_sizeModel(model.mj_model), np.uint8)
     mujoco.mj_saveModel(model.mj_model, None, buffer)
