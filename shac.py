@@ -354,7 +354,8 @@ if __name__ == "__main__":
     table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{run}: {args.env}, {args.num_envs} envs x {args.horizon} steps, {num_iterations} iterations", flush=True)
-    print(*(f"{k}={getattr(args, k)}" for k in DEFAULTS.get(args.env, {})), flush=True)
+    if args.env in DEFAULTS:
+        print("for this task:", *(f"{k}={getattr(args, k)}" for k in DEFAULTS[args.env]), flush=True)
     fields = (
         "iteration,global_step,wall_time_s,SPS,episodic_return,episodic_length,eval_return,eval_return_std,mujoco_return,"
         "policy_loss,value_loss,grad_norm_before_clip,grad_norm_after_clip,nonfinite_grads,nonfinite_states,"
