@@ -53,7 +53,7 @@ class Args:
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
     actor_learning_rate: float = 3e-3
     """initial learning rate of the policy; falls linearly to min_learning_rate"""
-    critic_learning_rate: float = 5e-4
+    critic_learning_rate: float = 1e-3
     """initial learning rate of the critic; falls linearly to min_learning_rate"""
     min_learning_rate: float = 1e-5
     """learning rate at the end"""
@@ -71,8 +71,8 @@ class Args:
     """lambda of the TD(lambda) targets"""
     target_alpha: float = 0.2
     """share of the target critic that is kept at each update"""
-    num_critics: int = 1
-    """critics; the policy bootstraps with their mean, the TD(lambda) targets with their minimum"""
+    num_critics: int = 2
+    """critics (the paper: one); the policy bootstraps with their mean, the TD(lambda) targets with their minimum"""
     target_critic: bool = True
     """bootstrap with a copy of the critic that follows it slowly"""
     critic_epochs: int = 16

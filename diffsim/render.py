@@ -13,7 +13,8 @@ import mujoco
 import numpy as np
 
 WIDTH, HEIGHT = 640, 480
-STRIP_START, STRIP_EVERY, STRIP_FRAMES = 120, 4, 8  # control steps
+FPS = 30
+STRIP_START, STRIP_EVERY, STRIP_FRAMES = 60, 2, 8  # frames of the video
 
 
 def render(mj_model: mujoco.MjModel, qpos: np.ndarray, control_dt: float, path: str):
@@ -49,7 +50,8 @@ def _draw(binary: str, frames: str, control_dt: str, path: str):
     data, camera = mujoco.MjData(m), mujoco.MjvCamera()
     camera.distance, camera.elevation, camera.azimuth = 4.0, -18, 90
     renderer = mujoco.Renderer(m, HEIGHT, WIDTH)
-    writer = imageio_ffmpeg.write_frames(path, (WIDTH, HEIGHT), fps=round(1 / float(control_dt)))
+    qpos = qpos[:: max(1, round(1 / FPS / float(control_dt)))]
+    writer = imageio_ffmpeg.write_frames(path, (WIDTH, HEIGHT), fps=FPS)
     writer.send(None)
     strip = []
     start = STRIP_START if len(qpos) > STRIP_START + STRIP_EVERY * STRIP_FRAMES else 0
