@@ -216,3 +216,28 @@ def test_unreadable_mjcf_is_one_line(xml):
     with pytest.raises(ValueError, match="cannot read MJCF") as error:
         diffsim.load_model(xml)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["ant", "hopper"])
+def test_gradcheck_of_every_stage(source):
+    from diffsim.contact import friction_weight, normal_law
+    from diffsim.dynamics import integrate
+
+    model = load(source)
+    qpos, qvel, _ = random_state(model.mj_model, 1)
+    if source == "ant":
+        qpos[2] = 0.3
+    q, v = qpos.requires_grad_(), qvel.requires_grad_()
+    check = lambda f, *x: torch.autograd.gradcheck(f, x, eps=1e-7, atol=1e-5, rtol=1e-4)  # noqa: E731
+    check(lambda q: diffsim.mass_matrix(model, q), q)
+    check(lambda q, v: diffsim.bias_force(model, q, v), q, v)
+    check(lambda q, v: integrate(model, q, v, 0.01), q, v)
+    if model.contact_names:
+        check(lambda q, v: diffsim.contact_force(model, q, v) / 1e3, q, v)
+    gap, u = (
+        torch.linspace(-0.01, 0.01, 9).double().requires_grad_(),
+        torch.linspace(-1, 1, 9).double().requires_grad_(),
+    )
+    check(lambda g, s: normal_law(g, s, 1500.0, 5.0, 0.003, 0.004), gap, u)
+    force = torch.linspace(0.1, 5, 9).double().requires_grad_()
+    check(lambda f, x, y: friction_weight(f, x, y, 0.8, 0.02, 0.004), force, u, gap)

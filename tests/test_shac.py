@@ -91,6 +91,23 @@ def test_bad_input_is_one_line(args, message):
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "xml, message",
+    [
+        ("<mujoco><nonsense/></mujoco>", "cannot read MJCF"),
+        ("robot.xml", "no such file"),
+        (
+            "<mujoco><option viscosity='1'/><worldbody><body><joint/><geom size='.1'/></body></worldbody></mujoco>",
+            "fluid",
+        ),
+    ],
+)
+def test_a_bad_robot_is_one_line(xml, message, tmp_path):
+    (tmp_path / "bad.py").write_text(f"import diffsim\nclass Bad(diffsim.Task):\n    xml = {xml!r}\n")
+    done = shac("--env", f"{tmp_path / 'bad.py'}:Bad", "--no-compile", expect=2)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 def test_bad_checkpoints_are_one_line(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     assert "not a readable checkpoint" in shac("--resume", tmp_path, expect=2).stderr
