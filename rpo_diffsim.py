@@ -102,7 +102,7 @@ class Args:
     device: str = "cpu"
     """cpu or cuda"""
     compile: bool = True
-    """compile the physics (once, about a minute, then cached)"""
+    """compile the physics (once for a task and num_envs, a minute or two, then cached)"""
     num_threads: int = 1
     """threads of torch; the same number gives the same bits"""
     eval_every: int = 500_000
@@ -559,4 +559,4 @@ if __name__ == "__main__":
         from diffsim.play import record
 
         record(args.env, run / "policy.pt2", run / "video.mp4")
-    print(f"done: {run}", flush=True)
+    print(f"done; watch it: python -m diffsim.play {run} --video video.mp4", flush=True)
