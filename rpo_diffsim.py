@@ -312,9 +312,17 @@ if __name__ == "__main__":
             fail(f"--resume {args.resume}: no checkpoint.pt there")
         except Exception as e:
             fail(f"--resume {path}: not a readable checkpoint ({type(e).__name__})")
-        if "--env" in " ".join(sys.argv) and saved["env"] != args.env:
-            fail(f"--resume {path}: a checkpoint of {saved['env']}, not of {args.env}")
-        args = Args(**{**saved, "resume": args.resume, "stop_after": args.stop_after})
+        try:
+            started_with = replace(Args(**saved), resume=None, stop_after=None)
+        except TypeError:
+            fail(f"--resume {path}: not a checkpoint of rpo_diffsim.py")
+        args = tyro.cli(Args, default=started_with)
+        if args.env != started_with.env:
+            fail(f"--resume {path}: a checkpoint of {started_with.env}, not of {args.env}")
+        for name, value in asdict(args).items():
+            if name not in ("resume", "stop_after") and value != getattr(started_with, name):
+                flag = name.replace("_", "-")
+                fail(f"--{flag} is {value}, the run has {getattr(started_with, name)}: resuming keeps its arguments")
     check(args)
     if args.clip_coef is not None:
         args.clip_low = args.clip_high = args.clip_coef

@@ -113,6 +113,9 @@ def test_bad_checkpoints_are_one_line(tmp_path):
     assert "not a readable checkpoint" in shac("--resume", tmp_path, expect=2).stderr
     torch.save({"args": {"env": "hopper"}}, tmp_path / "checkpoint.pt")
     assert "a checkpoint of hopper, not of ant" in shac("--resume", tmp_path, "--env", "ant", expect=2).stderr
+    assert "--seed is 3, the run has 1" in shac("--resume", tmp_path, "--seed", 3, expect=2).stderr
+    torch.save({"args": {"clip_low": 0.8}}, tmp_path / "checkpoint.pt")
+    assert "not a checkpoint of shac.py" in shac("--resume", tmp_path, expect=2).stderr
 
 
 def test_td_lambda_against_a_brute_force_sum():
