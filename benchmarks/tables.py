@@ -1,6 +1,6 @@
 """Write the README's tables from the committed CSVs: python benchmarks/tables.py
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is throughput or learning.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is learning, ablation or throughput.
 """
 
 import csv
@@ -49,6 +49,17 @@ def learning() -> str:
     return markdown([*header, "past a joint's stop, rad or m", "into the ground, cm"], rows)
 
 
+def ablation() -> str:
+    rows = []
+    for script, seeds in runs("ant").items():
+        if script.startswith("rpo_diffsim-1M"):
+            final = [column(s, "eval_return")[-1] for s in seeds]
+            kl, inside = (np.mean([np.nanmean(column(s, k)) for s in seeds]) for k in ("approx_kl", "inside_clip"))
+            what = script.removeprefix("rpo_diffsim-1M").replace("-", " ").strip() or "defaults"
+            rows.append([what, len(seeds), spread(final), f"{kl:.2f}", f"{100 * inside:.0f} %"])
+    return markdown(["variant", "seeds", "return: median [min, max]", "KL", "samples inside the clip range"], rows)
+
+
 def throughput() -> str:
     with open(RESULTS / "throughput.csv") as f:
         rows = list(csv.DictReader(f))
@@ -66,7 +77,7 @@ def throughput() -> str:
 
 if __name__ == "__main__":
     text = README.read_text()
-    for name, table in (("learning", learning), ("throughput", throughput)):
+    for name, table in (("learning", learning), ("ablation", ablation), ("throughput", throughput)):
         block = re.compile(f"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
         if block.search(text):
             text = block.sub(lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text)
