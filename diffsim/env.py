@@ -67,11 +67,17 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self.single_action_space = box(-1.0, 1.0, (self.model.nu,), np.float32)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+        self._starts = [qpos[:, :0], qvel[:, :0]]
         self._start(*self._fresh(num_envs))
 
     # --- episodes -------------------------------------------------------------------------------------------
     def _fresh(self, count: int):
-        return self.task.reset(self.model, count, self._generator)
+        """Initial states, drawn by the batch: a task's reset costs as much for one environment as for all."""
+        if self._starts[0].shape[1] < count:
+            drawn = self.task.reset(self.model, self.num_envs, self._generator)
+            self._starts = [torch.cat(pair, 1) for pair in zip(self._starts, drawn)]
+        taken, self._starts = ([x[:, s] for x in self._starts] for s in (slice(count), slice(count, None)))
+        return taken
 
     def _start(self, qpos, qvel):
         self.qpos, self.qvel = qpos, qvel
@@ -83,6 +89,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         """Start every episode anew: observation (B, obs_dim) without gradient."""
         if seed is not None:
             self._generator.manual_seed(seed)
+            self._starts = [x[:, :0] for x in self._starts]
         self._start(*self._fresh(self.num_envs))
         return self._observe(self.qpos, self.qvel, self.last_action), {}
 
@@ -163,6 +170,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         """Everything that decides the future: physics, counters, random generator."""
         names = ("qpos", "qvel", "last_action", "episode_length", "episode_return")
         state = {n: getattr(self, n).detach().clone() for n in names}
+        state |= dict(start_qpos=self._starts[0].clone(), start_qvel=self._starts[1].clone())
         return {**state, "generator": self._generator.get_state()}
 
     def set_state(self, state: dict[str, Tensor]):
@@ -170,6 +178,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         if state["qpos"].shape != self.qpos.shape:
             raise ValueError(f"state has qpos {tuple(state['qpos'].shape)}, this environment {tuple(self.qpos.shape)}")
         for name, value in state.items():
-            if name != "generator":
+            if name not in ("generator", "start_qpos", "start_qvel"):
                 setattr(self, name, value.to(self.device).clone())
+        self._starts = [state[n].to(self.device).clone() for n in ("start_qpos", "start_qvel")]
         self._generator.set_state(state["generator"].cpu())

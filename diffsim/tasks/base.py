@@ -6,6 +6,8 @@ import gymnasium
 import torch
 from torch import Tensor
 
+from diffsim.dynamics import contact_points
+
 GYMNASIUM_ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -42,6 +44,15 @@ def uniform(model, rows: int, count: int, width: float, generator: torch.Generat
     return (2 * x - 1) * width
 
 
+def lift(model, qpos: Tensor, row: int) -> Tensor:
+    """Raise starts that reach into the ground onto it (row: the height in qpos): contact would throw them off it."""
+    gap, _ = contact_points(model, qpos, qpos.new_zeros(model.nv, qpos.shape[1]))
+    if len(gap):
+        qpos = qpos.clone()
+        qpos[row] -= gap.amin(0).clamp(max=0.0)
+    return qpos
+
+
 class FloatingRunner(Task):
     """A robot with a free base that runs along x (SHAC's Ant and Humanoid, AHAC's ANYmal): what they share.
 
@@ -62,7 +73,8 @@ class FloatingRunner(Task):
         quat = torch.cat([torch.cos(angle / 2), axis * torch.sin(angle / 2)])
         start = torch.tensor(self.start_joints, dtype=model.dtype, device=model.device)[:, None]
         joints = start + uniform(model, len(start), count, 0.2, generator)
-        return torch.cat([position, quat, joints]), uniform(model, model.nv, count, 0.25, generator)
+        qpos = lift(model, torch.cat([position, quat, joints]), row=2)
+        return qpos, uniform(model, model.nv, count, 0.25, generator)
 
     @staticmethod
     def axes(qpos):
@@ -93,7 +105,7 @@ class PlanarRunner(Task):
     def reset(self, model, count, generator):
         start = torch.as_tensor(model.mj_model.qpos0, dtype=model.dtype, device=model.device)[:, None]
         qpos = start + uniform(model, model.nq, count, self.noise, generator)
-        return qpos, uniform(model, model.nv, count, self.speed_noise, generator)
+        return lift(model, qpos, row=1), uniform(model, model.nv, count, self.speed_noise, generator)
 
     def observe(self, qpos, qvel, action):
         return torch.cat([qpos[1:], qvel])

@@ -1,0 +1,75 @@
+"""Any Gymnasium environment behind DiffEnv's interface: tensors in and out, no gradients."""
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import Tensor
+
+
+def is_gymnasium_id(name: str) -> bool:
+    """Whether `name` is an environment registered with Gymnasium itself, such as "Hopper-v5"."""
+    return name in gymnasium.registry and not name.startswith("diffsim/")
+
+
+class GymnasiumEnv:
+    """`num_envs` copies of `gymnasium.make(name)` with Box spaces, each reset in the step that ends its episode.
+
+    Actions are clipped to the action space. `info` is that of `DiffEnv.step`. Raises ValueError, one line, for an
+    environment that cannot be made or has other spaces.
+    """
+
+    def __init__(self, name: str, num_envs: int = 1, seed: int = 0):
+        try:
+            makers = [lambda: gymnasium.make(name)] * num_envs
+            self.envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+        except (gymnasium.error.Error, ImportError) as e:
+            raise ValueError(f"env '{name}': Gymnasium cannot make it: {' '.join(str(e).split())}") from None
+        self.single_observation_space = self.envs.single_observation_space
+        self.single_action_space = self.envs.single_action_space
+        for space in (self.single_observation_space, self.single_action_space):
+            if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+                raise ValueError(f"env '{name}' has the space {space}; vectors of numbers (Box) are supported")
+        self.name, self.num_envs, self.seed = name, num_envs, seed
+        self.device = torch.device("cpu")
+        self.max_episode_steps = self.envs.envs[0].spec.max_episode_steps or 1000
+        self._start()
+
+    def _start(self):
+        self.episode_return = np.zeros(self.num_envs)
+        self.episode_length = np.zeros(self.num_envs, np.int64)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
+        """Start every episode anew: observation (B, obs_dim), float32."""
+        obs, _ = self.envs.reset(seed=seed if seed is not None else self.seed)
+        self.seed = None  # later resets go on with the environments' own random numbers
+        self._start()
+        return torch.from_numpy(obs.astype(np.float32)), {}
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """action (B, act_dim) -> obs (B, obs_dim), reward, terminated, truncated (B,), info."""
+        space = self.single_action_space
+        obs, reward, terminated, truncated, infos = self.envs.step(
+            np.clip(action.detach().numpy(), space.low, space.high).astype(space.dtype)
+        )
+        self.episode_return += reward
+        self.episode_length += 1
+        done = terminated | truncated
+        final_obs = obs
+        info = {}
+        if done.any():
+            final_obs = obs.copy()
+            for i in np.flatnonzero(done):
+                final_obs[i] = infos["final_obs"][i]
+            info["_episode"] = torch.from_numpy(done)
+            info["episode"] = {
+                "r": torch.from_numpy(self.episode_return.astype(np.float32)),
+                "l": torch.from_numpy(self.episode_length.copy()),
+            }
+            self.episode_return = np.where(done, 0.0, self.episode_return)
+            self.episode_length = np.where(done, 0, self.episode_length)
+        info["final_obs"] = torch.from_numpy(final_obs.astype(np.float32))
+        return (
+            torch.from_numpy(obs.astype(np.float32)), torch.from_numpy(reward.astype(np.float32)),
+            torch.from_numpy(terminated), torch.from_numpy(truncated), info,
+        )  # fmt: skip
