@@ -98,7 +98,7 @@ class Args:
     eval_episodes: int = 64
     """episodes of an evaluation (at most num_envs on diffsim)"""
     eval_physics: bool = False
-    """evaluate diffsim's task on the other engine, too"""
+    """evaluate on the other engine too (diffsim's tasks)"""
     save_every: int = 250_000
     """environment steps between checkpoints"""
     stop_after: int | None = None

@@ -33,12 +33,15 @@ import tyro  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 import diffsim  # noqa: E402
+from diffsim.mujoco_physics import jacobian_cosine  # noqa: E402
 
 
 @dataclass
 class Args:
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
+    physics: Literal["diffsim", "mujoco"] = "diffsim"
+    """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states"""
     seed: int = 1
     """seed of the networks, the noise and the environments"""
     num_envs: int = 256
@@ -110,7 +113,7 @@ class Args:
     eval_episodes: int = 64
     """episodes of an evaluation (at most num_envs on diffsim)"""
     eval_physics: bool = False
-    """evaluate on MuJoCo's engine too"""
+    """evaluate on the other engine too"""
     save_every: int = 250_000
     """environment steps between checkpoints"""
     stop_after: int | None = None
@@ -331,10 +334,13 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
+    other_physics = "mujoco" if args.physics == "diffsim" else "diffsim"
+    num_eval = args.num_envs if args.physics == "diffsim" else args.eval_episodes  # diffsim's is compiled for num_envs
+    make = partial(diffsim.make, args.env, device=args.device, compile=args.compile)
     try:
-        env = diffsim.make(args.env, args.num_envs, seed=args.seed, device=args.device, compile=args.compile)
-        eval_env = diffsim.make(args.env, args.num_envs, device=args.device, compile=args.compile)
-        mujoco_env = diffsim.make(args.env, args.eval_episodes, physics="mujoco") if args.eval_physics else None
+        env = make(args.num_envs, seed=args.seed, physics=args.physics)
+        eval_env = make(num_eval, physics=args.physics)
+        other_env = make(args.eval_episodes, physics=other_physics, compile=False) if args.eval_physics else None
     except ValueError as e:
         fail(str(e))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -379,9 +385,10 @@ if __name__ == "__main__":
     if args.env in DEFAULTS:
         print("for this task:", *(f"{k}={getattr(args, k)}" for k in DEFAULTS[args.env]), flush=True)
     fields = (
-        "iteration,global_step,wall_time_s,SPS,episodic_return,episodic_length,eval_return,eval_return_std,mujoco_return,"
+        "iteration,global_step,wall_time_s,SPS,episodic_return,episodic_length,eval_return,eval_return_std,other_return,"
         "policy_loss,value_loss,grad_norm_before_clip,grad_norm_after_clip,nonfinite_grads,nonfinite_states,"
-        "entropy,learning_rate,approx_kl,inside_clip,max_ratio,std,action_grad_norm,simulate_s,policy_s,critic_s"
+        "entropy,learning_rate,approx_kl,inside_clip,max_ratio,std,action_grad_norm,simulate_s,policy_s,critic_s,"
+        "mismatch_joint,mismatch_base,jacobian_cosine"
     ).split(",")
     rows = []
     if checkpoint is not None and (run / "metrics.csv").exists():  # drop what came after the checkpoint
@@ -513,14 +520,17 @@ if __name__ == "__main__":
         row = dict.fromkeys(fields, "")
         last = iteration == num_iterations - 1
         if last or (args.eval_every and global_step // args.eval_every > before // args.eval_every):
-            returns = evaluate(eval_env, policy, min(args.eval_episodes, args.num_envs))
+            returns = evaluate(eval_env, policy, min(args.eval_episodes, num_eval))
             row["eval_return"], row["eval_return_std"] = float(returns.mean()), float(returns.std())
             writer.add_scalar("eval/episodic_return", row["eval_return"], global_step)
-            if mujoco_env is not None:
-                row["mujoco_return"] = float(evaluate(mujoco_env, policy, args.eval_episodes).mean())
-                writer.add_scalar("eval/mujoco_return", row["mujoco_return"], global_step)
-            on_mujoco = f", on MuJoCo {row['mujoco_return']:.0f}" if mujoco_env is not None else ""
-            print(f"\rstep {global_step:>9,}  evaluation {row['eval_return']:.0f}{on_mujoco}", flush=True)
+            if other_env is not None:
+                row["other_return"] = float(evaluate(other_env, policy, args.eval_episodes).mean())
+                writer.add_scalar(f"eval/{other_physics}_return", row["other_return"], global_step)
+            if args.physics == "mujoco":  # how good can the gradient be?
+                row["jacobian_cosine"] = jacobian_cosine(env)
+                writer.add_scalar("grad/jacobian_cosine", row["jacobian_cosine"], global_step)
+            on_other = f", on {other_physics} {row['other_return']:.0f}" if other_env is not None else ""
+            print(f"\rstep {global_step:>9,}  evaluation {row['eval_return']:.0f}{on_other}", flush=True)
         wall = elapsed_before + time.time() - START
         row |= dict(
             iteration=iteration, global_step=global_step, wall_time_s=round(wall, 3), SPS=int(global_step / wall),
@@ -532,6 +542,9 @@ if __name__ == "__main__":
             action_grad_norm=float(action_gradient.norm(dim=-1).mean()), simulate_s=round(simulate_s, 4),
             policy_s=round(policy_s, 4), critic_s=round(critic_s, 4),
         )  # fmt: skip
+        if args.physics == "mujoco":  # of the window's last step
+            mismatch = env.physics.mismatch
+            row["mismatch_joint"], row["mismatch_base"] = mismatch.joint_angle(), mismatch.base_velocity()
         if recent:
             row["episodic_return"], row["episodic_length"] = (float(x) for x in np.mean(recent, 0))
         metrics.writerow(row)
@@ -540,6 +553,7 @@ if __name__ == "__main__":
             learning_rate="charts/learning_rate", value_loss="losses/value_loss", policy_loss="losses/policy_loss",
             entropy="losses/entropy", grad_norm_before_clip="grad/norm_before_clip",
             grad_norm_after_clip="grad/norm_after_clip", nonfinite_grads="grad/nonfinite",
+            mismatch_joint="physics/mismatch_joint", mismatch_base="physics/mismatch_base",
             approx_kl="losses/approx_kl", inside_clip="policy/inside_clip", max_ratio="policy/max_ratio",
             std="policy/std", action_grad_norm="grad/action_grad_norm",
         ).items():  # fmt: skip

@@ -9,6 +9,7 @@ The gradient contract:
 """
 
 import warnings
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -51,10 +52,11 @@ class DiffEnv(gymnasium.vector.VectorEnv):
                 task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness()
             )
         self.device, self.dtype = self.model.device, dtype
+        differentiable = partial(DiffsimPhysics, self.model, task.substeps, num_envs, compile)
         if physics == "mujoco":
-            self.physics = MujocoPhysics(self.model, task.substeps)
+            self.physics = MujocoPhysics(self.model, task.substeps, differentiable, task.own_integrator)
         else:
-            self.physics = DiffsimPhysics(self.model, task.substeps, num_envs, compile)
+            self.physics = differentiable()
         low, high = (t.clamp(-1e9, 1e9) for t in (self.model.ctrl_low, self.model.ctrl_high))
         free = low <= -1e9  # an actuator without ctrlrange takes the action itself
         self._ctrl_mid = torch.where(free, 0.0, (low + high) / 2)
@@ -96,6 +98,10 @@ class DiffEnv(gymnasium.vector.VectorEnv):
     def _observe(self, qpos, qvel, action) -> Tensor:
         return self.task.observe(qpos, qvel, action).T
 
+    def ctrl(self, action: Tensor) -> Tensor:
+        """The actuators' controls (nu, B) of an action (nu, B) in [-1, 1]."""
+        return self._ctrl_mid + self._ctrl_half * action
+
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """action (B, nu) -> obs (B, obs_dim), reward, terminated, truncated (B,), info.
 
@@ -106,11 +112,12 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         if action.shape != (self.num_envs, self.model.nu):
             raise ValueError(f"action has shape {tuple(action.shape)}, expected {(self.num_envs, self.model.nu)}")
         action = torch.clamp(action, -1.0, 1.0).T  # (nu, B)
-        ctrl = self._ctrl_mid + self._ctrl_half * action
+        ctrl = self.ctrl(action)
+        force = actuator_force(self.model, ctrl)
         if isinstance(self.physics, MujocoPhysics):
-            qpos, qvel = self.physics.step(self.qpos, self.qvel, ctrl)
+            qpos, qvel = self.physics.step(self.qpos, self.qvel, ctrl, force)
         else:
-            qpos, qvel = self.physics.step(self.qpos, self.qvel, actuator_force(self.model, ctrl))
+            qpos, qvel = self.physics.step(self.qpos, self.qvel, force)
         self.episode_length = self.episode_length + 1
 
         nonfinite = ~(torch.isfinite(qpos).all(0) & (qvel.detach().abs().amax(0) < EXPLODED))

@@ -1,6 +1,17 @@
-"""MuJoCo's own engine behind the same environment: the judge of what was learned in the soft one. Forward only."""
+"""MuJoCo's own engine behind the same environment: the judge of what was learned in the soft one, and its teacher.
+
+MuJoCo runs, diffsim differentiates. A control step returns MuJoCo's next state; the gradient that comes back to it goes
+through diffsim's step from the same state and action:
+
+    x' = mujoco_step(x, u) + diffsim_step(x, u) - stopgrad(diffsim_step(x, u))
+
+on the state's tangent, so that quaternions stay unit. Real states, a model's derivatives: the model-value gradient of
+model-based policy search (SVG: Heess et al. 2015, arXiv 1510.09142), with a simulator for the model. Song, Kim and
+Scaramuzza 2024, arXiv 2403.14864, aligned a simplified model of one quadruped with a simulator in this way.
+"""
 
 import os
+from collections.abc import Callable
 
 import mujoco
 import numpy as np
@@ -8,27 +19,52 @@ import torch
 from mujoco import rollout
 from torch import Tensor
 
+from diffsim.dynamics import step as diffsim_step
 from diffsim.model import Model
 
 
 class MujocoPhysics:
-    """Batched MuJoCo, one control step a call, on all cores.
+    """Batched MuJoCo, one control step a call, on all cores; differentiable through `differentiator`'s step.
 
-    Uses the Euler integrator with implicit joint damping, at diffsim's own substep.
+    Uses the Euler integrator with implicit joint damping, at diffsim's own substep, or (`own_integrator`) the MJCF's.
     """
 
-    def __init__(self, model: Model, substeps: int, num_threads: int | None = None):
+    def __init__(
+        self,
+        model: Model,
+        substeps: int,
+        differentiator: Callable,
+        own_integrator: bool = False,
+        num_threads: int | None = None,
+    ):
         self.mj_model = model.mj_model.__copy__()
-        self.mj_model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+        if not own_integrator:
+            self.mj_model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
         self.model, self.substeps = model, substeps
+        self._make_differentiator, self._differentiator = differentiator, None
         threads = num_threads or os.cpu_count() or 1
         self.data = [mujoco.MjData(self.mj_model) for _ in range(threads)]
         self.pool = rollout.Rollout(nthread=threads if threads > 1 else 0)
         self.layout = mujoco.mjtState.mjSTATE_FULLPHYSICS
         self.size = mujoco.mj_stateSize(self.mj_model, self.layout)
+        self.mismatch: Mismatch | None = None
 
-    def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
-        """(nq, B), (nv, B), (nu, B) -> qpos, qvel after `substeps`; detached."""
+    def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor, qfrc: Tensor) -> tuple[Tensor, Tensor]:
+        """(nq, B), (nv, B), (nu, B) and the actuators' forces (nv, B) -> qpos, qvel after `substeps`.
+
+        With a graph, the engines' disagreement in this step is left in `mismatch`.
+        """
+        real = self.simulate(qpos, qvel, ctrl)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (qpos, qvel, qfrc))):
+            return real
+        if self._differentiator is None:  # compiled only where gradients are wanted
+            self._differentiator = self._make_differentiator()
+        predicted = self._differentiator.step(qpos, qvel, qfrc)
+        self.mismatch = Mismatch(self.model, predicted, real)
+        return Follow.apply(*predicted, *real, quaternion_rows(self.model))
+
+    def simulate(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
+        """MuJoCo's control step; detached."""
         m, batch = self.mj_model, qpos.shape[1]
         state = np.zeros((batch, self.size))  # time, qpos, qvel
         state[:, 1 : 1 + m.nq] = qpos.detach().T.cpu().numpy()
@@ -37,3 +73,103 @@ class MujocoPhysics:
         trajectory, _ = self.pool.rollout(m, self.data, state, np.ascontiguousarray(control))
         last = torch.from_numpy(np.ascontiguousarray(trajectory[:, -1].T)).to(qpos)
         return last[1 : 1 + m.nq].contiguous(), last[1 + m.nq : 1 + m.nq + m.nv].contiguous()
+
+
+class Mismatch:
+    """How far diffsim's control step ends from MuJoCo's. The numbers are worked out when asked for."""
+
+    def __init__(self, model: Model, predicted, real):
+        self.model = model
+        self.qpos, self.qvel = ((p - r).detach() for p, r in zip(predicted, real))
+
+    def joint_angle(self) -> float:
+        """Mean absolute difference of the joints that carry an actuator or a limit, rad (m for slides)."""
+        m = self.model.mj_model
+        jointed = [int(m.jnt_qposadr[i]) for i in range(m.njnt) if m.jnt_type[i] >= 2 and m.jnt_bodyid[i] > 1]
+        rows = jointed or list(range(m.nq))
+        return float(self.qpos[rows].abs().mean())
+
+    def base_velocity(self) -> float:
+        """Mean length of the difference of the root's linear velocity, m/s."""
+        m = self.model.mj_model
+        rows = (
+            range(3) if m.jnt_type[0] == 0 else [i for i in range(m.nv) if m.jnt_type[i] == 2 and m.dof_bodyid[i] == 1]
+        )
+        return float(self.qvel[list(rows)].norm(dim=0).mean()) if len(rows) else 0.0
+
+
+def quaternion_rows(model: Model) -> list[int]:
+    """Where in qpos a quaternion begins."""
+    m = model.mj_model
+    return [int(a) + (3 if t == 0 else 0) for a, t in zip(m.jnt_qposadr, m.jnt_type) if t <= 1]
+
+
+def _body_axes(quat: Tensor) -> Tensor:
+    """E (4, 3, B) with q * (0, w) = E w: how a unit quaternion moves with a rotation in body axes; E'E = 1."""
+    w, x, y, z = quat
+    return torch.stack(
+        [torch.stack([-x, -y, -z]), torch.stack([w, -z, y]), torch.stack([z, w, -x]), torch.stack([-y, x, w])]
+    )
+
+
+class Follow(torch.autograd.Function):
+    """The real state, with the gradient of the predicted one."""
+
+    @staticmethod
+    def forward(ctx, predicted_qpos, predicted_qvel, qpos, qvel, quaternions):
+        ctx.save_for_backward(predicted_qpos, qpos)
+        ctx.quaternions = quaternions
+        return qpos, qvel
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_qpos, grad_qvel):
+        predicted, real = ctx.saved_tensors
+        if ctx.quaternions:
+            grad_qpos = grad_qpos.clone()
+        for row in ctx.quaternions:  # a rotation of the real body is the same rotation of the predicted one
+            q = slice(row, row + 4)
+            rotation = torch.einsum("ijb,ib->jb", _body_axes(real[q]), grad_qpos[q])
+            grad_qpos[q] = torch.einsum("ijb,jb->ib", _body_axes(predicted[q]), rotation)
+        return grad_qpos, grad_qvel, None, None, None
+
+
+def jacobian_cosine(env, count: int = 8) -> float:
+    """Cosine between the engines' derivatives of one substep's change of velocity, mean over `count` current states.
+
+    The derivatives are by position (tangent), velocity and control: MuJoCo's by finite differences
+    (mjd_transitionFD), diffsim's exact. 1: the gradient is MuJoCo's; 0: it knows nothing of it.
+    """
+    model = env.model
+    m, nv, nu = model.mj_model.__copy__(), model.nv, model.nu
+    m.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+    d = mujoco.MjData(m)
+    qpos, qvel, action = (x.detach()[:, :count] for x in (env.qpos, env.qvel, env.last_action))
+    ctrl = env.ctrl(action)
+    # one copy of a state for each output velocity: row i of the Jacobian is the gradient of velocity i
+    inputs = [x.repeat_interleave(nv, 1).requires_grad_() for x in (qpos, qvel, ctrl)]
+    _, after = diffsim_step(model, *inputs)
+    picked = torch.eye(nv, dtype=after.dtype).repeat(1, qpos.shape[1])
+    by_qpos, by_qvel, by_ctrl = torch.autograd.grad(after, inputs, picked)
+    tangent = by_qpos.new_zeros(nv, by_qpos.shape[1])
+    for j in range(m.njnt):
+        q, v, kind = int(m.jnt_qposadr[j]), int(m.jnt_dofadr[j]), int(m.jnt_type[j])
+        if kind >= 2:
+            tangent[v] = by_qpos[q]
+            continue
+        if kind == 0:
+            tangent[v : v + 3] = by_qpos[q : q + 3]
+            q, v = q + 3, v + 3
+        quat = slice(q, q + 4)
+        axes = _body_axes(inputs[0].detach()[quat])
+        tangent[v : v + 3] = 0.5 * torch.einsum("ijb,ib->jb", axes, by_qpos[quat])
+    ours = torch.cat([tangent, by_qvel - picked, by_ctrl]).reshape(2 * nv + nu, -1, nv).permute(1, 2, 0)
+    a, b = np.zeros((2 * nv, 2 * nv)), np.zeros((2 * nv, nu))
+    cosines = []
+    for i in range(ours.shape[0]):
+        d.qpos, d.qvel, d.ctrl = (x[:, i].double().cpu().numpy() for x in (qpos, qvel, ctrl))
+        mujoco.mjd_transitionFD(m, d, 1e-6, True, a, b if nu else None, None, None)
+        theirs = np.concatenate([a[nv:] - np.eye(nv, 2 * nv, nv), b[nv:]], 1)
+        mine = ours[i].double().cpu().numpy()
+        cosines.append((mine * theirs).sum() / (np.linalg.norm(mine) * np.linalg.norm(theirs)))
+    return float(np.mean(cosines))

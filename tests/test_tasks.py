@@ -17,8 +17,8 @@ from diffsim.play import playback_env
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(diffsim.TASKS)
-SIZES = dict(cartpole=(5, 1), hopper=(11, 3), cheetah=(17, 6), walker=(17, 6), ant=(37, 8), anymal=(49, 12))
-SIZES["humanoid"] = (64, 17)
+SIZES = dict(cartpole=(5, 1), hopper=(11, 3), cheetah=(17, 6), walker=(17, 6), ant=(37, 8))
+SIZES |= dict(anymal=(49, 12), humanoid=(76, 21))
 
 
 def make(name, num_envs=2, **kwargs):
@@ -81,8 +81,8 @@ HEADING = 1.1 * math.cos(0.3)
         ("cheetah", {0: 9.0}, {0: 4.0, 1: 1.0}, 4.0 - 0.1 * 6 * 0.25),
         ("ant", {2: 0.6, **dict(zip((3, 4, 5, 6), TILT))}, {0: 5.0}, 5.0 + HEADING + 0.33),
         ("anymal", {2: 0.5, **dict(zip((3, 4, 5, 6), TILT))}, {0: 2.0}, 2.0 + HEADING + 0.25 - 0.005 * 12 * 0.25),
-        ("humanoid", {2: 1.3, **dict(zip((3, 4, 5, 6), TILT))}, {0: 2.0}, 2.0 + HEADING + 1 - 0.002 * 17 * 0.25),
-        ("humanoid", {2: 0.8}, {0: 0.0}, 1.1 - 200 * 0.0016 - 0.002 * 17 * 0.25),
+        ("humanoid", {2: 1.3, **dict(zip((3, 4, 5, 6), TILT))}, {0: 2.0}, 2.0 + HEADING + 1 - 0.002 * 21 * 0.25),
+        ("humanoid", {2: 0.8}, {0: 0.0}, 1.1 - 200 * 0.0016 - 0.002 * 21 * 0.25),
     ],
 )
 def test_reward_of_a_state_computed_by_hand(name, qpos, qvel, expected):

@@ -1,0 +1,117 @@
+"""MuJoCo's physics with diffsim's derivatives: the value is MuJoCo's, the gradient diffsim's at the same state."""
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+import diffsim
+from diffsim.mujoco_physics import Follow, jacobian_cosine
+from tests.test_shac import TINY, rows, shac
+
+
+def landed(name, **kwargs):
+    """Environments some steps into an episode, with feet on the ground."""
+    env = diffsim.make(name, 3, seed=2, physics="mujoco", compile=False, dtype=torch.float64, **kwargs)
+    env.reset()
+    for _ in range(30):
+        env.step(0.5 * torch.ones(3, env.model.nu))
+    return env
+
+
+@pytest.mark.parametrize("name", list(diffsim.TASKS))
+def test_the_next_state_is_mujocos(name):
+    env = landed(name)
+    qpos, qvel = env.qpos.clone(), env.qvel.clone()
+    action = torch.linspace(-1, 1, env.model.nu, dtype=torch.float64).repeat(3, 1).requires_grad_()
+    env.step(action)
+    m = env.model.mj_model
+    m.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+    d = mujoco.MjData(m)
+    for i in range(3):
+        mujoco.mj_resetData(m, d)
+        d.qpos, d.qvel = qpos[:, i].numpy(), qvel[:, i].numpy()
+        low, high = np.where(m.actuator_ctrllimited[:, None], m.actuator_ctrlrange, [[-1, 1]]).T
+        d.ctrl = (low + high) / 2 + (high - low) / 2 * action[i].detach().numpy()
+        mujoco.mj_step(m, d, env.substeps)
+        np.testing.assert_allclose(env.qpos[:, i].detach(), d.qpos, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(env.qvel[:, i].detach(), d.qvel, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["hopper", "ant", "humanoid"])
+def test_the_gradient_is_diffsims_at_that_state(name):
+    env = landed(name)
+    start = env.get_state()
+    action = (0.3 * torch.ones(3, env.model.nu, dtype=torch.float64)).requires_grad_()
+    free = env.model.mj_model.jnt_type[0] == 0
+    torch.manual_seed(0)
+    of_qpos, of_qvel = torch.randn(env.model.nq, 3).double(), torch.randn(env.model.nv, 3).double()
+    if free:
+        of_qpos[3:7] = 0  # directions off the unit sphere are no rotations: see the next test
+    gradients = []
+    for physics in ("mujoco", "diffsim"):
+        env = diffsim.make(name, 3, physics=physics, compile=False, dtype=torch.float64)
+        env.set_state(start)
+        env.step(action)
+        loss = (env.qpos * of_qpos).sum() + (env.qvel * of_qvel).sum()
+        gradients.append(torch.autograd.grad(loss, action)[0])
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def test_a_rotations_gradient_moves_to_the_predicted_quaternion():
+    """The cotangent at the real quaternion and the one handed on agree on every rotation in body axes."""
+    torch.manual_seed(0)
+    predicted, real = (torch.nn.functional.normalize(torch.randn(4, 5).double(), dim=0) for _ in range(2))
+    predicted.requires_grad_()
+    g = torch.randn(4, 5).double()
+    qpos, _ = Follow.apply(predicted, torch.zeros(1, 5).double(), real, torch.zeros(1, 5).double(), [0])
+    assert torch.equal(qpos, real)
+    (handed_on,) = torch.autograd.grad((qpos * g).sum(), predicted)
+    for i in range(5):
+        for axis in np.eye(3):
+            turned = []
+            for quat in (real[:, i], predicted[:, i].detach()):
+                delta, out = np.zeros(4), np.zeros(4)
+                mujoco.mju_axisAngle2Quat(delta, axis, 1e-6)
+                mujoco.mju_mulQuat(out, quat.numpy(), delta)
+                turned.append((out - quat.numpy()) / 1e-6)
+            assert turned[0] @ g[:, i].numpy() == pytest.approx(turned[1] @ handed_on[:, i].numpy(), abs=1e-5)
+
+
+def test_no_graph_means_no_differentiator():
+    env = diffsim.make("hopper", 2, physics="mujoco")
+    env.reset()
+    with torch.no_grad():
+        _, reward, *_ = env.step(torch.zeros(2, 3))
+    assert not reward.requires_grad and env.physics.mismatch is None and env.physics._differentiator is None
+
+
+def test_engines_agree_on_jacobians_where_nothing_touches():
+    env = diffsim.make("ant", 4, physics="mujoco", compile=False, dtype=torch.float64)
+    env.reset(seed=0)
+    env.qpos[2] = 3.0
+    env.qpos[7:] = torch.from_numpy(env.model.mj_model.jnt_range[1:].mean(1))[:, None]  # off the stops
+    assert jacobian_cosine(env, 4) > 0.9999
+    touching = landed("ant")
+    assert 0 < jacobian_cosine(touching, 3) < 0.999
+
+
+def test_mismatch_is_the_engines_difference():
+    env = landed("hopper")
+    start = env.get_state()
+    action = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    env.step(action)
+    soft = diffsim.make("hopper", 3, compile=False, dtype=torch.float64)
+    soft.set_state(start)
+    soft.step(action)
+    difference = (soft.qpos - env.qpos)[3:].abs().mean()
+    assert env.physics.mismatch.joint_angle() == pytest.approx(float(difference.detach()), rel=1e-9)
+    difference = (soft.qvel - env.qvel)[:2].norm(dim=0).mean()
+    assert env.physics.mismatch.base_velocity() == pytest.approx(float(difference.detach()), rel=1e-9)
+
+
+def test_shac_trains_on_mujoco_and_logs_the_mismatch(tmp_path):
+    shac(*TINY, "--env", "hopper", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 2)
+    last = rows(tmp_path)[-1]
+    assert float(last["mismatch_joint"]) > 0 and float(last["mismatch_base"]) > 0
