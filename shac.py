@@ -130,8 +130,11 @@ DEFAULTS = {
     "cheetah": dict(total_timesteps=2_000_000),
     "walker": dict(total_timesteps=2_000_000),
     "anymal": dict(total_timesteps=3_000_000),
-    "humanoid": dict(total_timesteps=4_000_000, actor_hidden=(256, 128), critic_hidden=(128, 128)),
-}
+    "humanoid": dict(
+        total_timesteps=2_000_000, horizon=16, actor_learning_rate=1e-3, actor_hidden=(256, 128),
+        critic_hidden=(128, 128),
+    ),
+}  # fmt: skip
 
 
 def fail(message: str):
