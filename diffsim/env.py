@@ -126,7 +126,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             self._report(nonfinite, qpos, qvel)
             qpos, qvel, action = self._replace(nonfinite, qpos, qvel, action)
         final_obs = self._observe(qpos, qvel, action)
-        reward = self.task.reward(qpos, qvel, action)
+        reward = self.task.transition_reward(self.qpos, qpos, qvel, action)
         terminated = self.task.terminated(qpos, qvel)
         if any_nonfinite:
             reward, terminated = torch.where(nonfinite, 0.0, reward), terminated | nonfinite

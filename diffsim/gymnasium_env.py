@@ -13,15 +13,15 @@ def is_gymnasium_id(name: str) -> bool:
 
 
 class GymnasiumEnv:
-    """`num_envs` copies of `gymnasium.make(name)` with Box spaces, each reset in the step that ends its episode.
+    """`num_envs` copies of `gymnasium.make(name, **kwargs)` with Box spaces, reset in the step that ends an episode.
 
     Actions are clipped to the action space. `info` is that of `DiffEnv.step`. Raises ValueError, one line, for an
     environment that cannot be made or has other spaces.
     """
 
-    def __init__(self, name: str, num_envs: int = 1, seed: int = 0):
+    def __init__(self, name: str, num_envs: int = 1, seed: int = 0, **kwargs):
         try:
-            makers = [lambda: gymnasium.make(name)] * num_envs
+            makers = [lambda: gymnasium.make(name, **kwargs)] * num_envs
             self.envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
         except (gymnasium.error.Error, ImportError) as e:
             raise ValueError(f"env '{name}': Gymnasium cannot make it: {' '.join(str(e).split())}") from None

@@ -13,6 +13,7 @@ import tyro
 
 import diffsim
 from diffsim.dynamics import contact_points
+from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
 from diffsim.physics import compiled_batches
 from diffsim.render import render
 
@@ -21,8 +22,8 @@ from diffsim.render import render
 class Args:
     policy: Annotated[str, tyro.conf.Positional]
     """run folder, or policy.pt2"""
-    physics: Literal["diffsim", "mujoco"] = "diffsim"
-    """engine to run on"""
+    physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
+    """engine to run on; gymnasium: the environment of that id itself (default: that for such an id, else diffsim)"""
     episodes: int = 10
     """episodes to average"""
     seed: int = 0
@@ -47,8 +48,18 @@ def load_policy(path) -> tuple[torch.nn.Module, str]:
     return program.module(), name
 
 
+def policy_obs_dim(policy: torch.nn.Module) -> int:
+    """How many observations an exported policy takes."""
+    return next(b.shape[0] for name, b in policy.named_buffers() if name.endswith("normalizer.mean"))
+
+
 def playback_env(name: str, episodes: int, physics: str = "diffsim"):
     """Environments for at least that many episodes: a batch that is compiled already (training left one), or eager."""
+    if physics == "gymnasium":
+        if not is_gymnasium_id(name):
+            raise ValueError(f"{name} is no Gymnasium environment; --physics diffsim or mujoco")
+        twin = diffsim.TASKS.get(name)
+        return GymnasiumEnv(name, episodes, **(twin.gymnasium_kwargs if twin else {}))
     env = diffsim.make(name, episodes, physics=physics, compile=False)
     if physics == "diffsim":
         ready = [n for n in compiled_batches(env.model) if n >= episodes]
@@ -60,7 +71,9 @@ def playback_env(name: str, episodes: int, physics: str = "diffsim"):
 def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     """First episode of the first `episodes` environments. Returns per episode: return, length, speed (m/s along x),
     limit_violation (rad or m past a joint's stop), penetration (m of a geom into the ground), and the qpos of
-    environment 0 (T, nq)."""
+    environment 0 (T, nq). Of a Gymnasium environment: return, length and, where it runs on MuJoCo, qpos."""
+    if isinstance(env, GymnasiumEnv):
+        return _rollout_gymnasium(env, policy, episodes, seed)
     free = env.model.without_margins()
     obs, _ = env.reset(seed=seed)
     batch, m = env.num_envs, env.model.mj_model
@@ -95,6 +108,22 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {**{k: v[:episodes].numpy() for k, v in values.items()}, "qpos": np.stack(frames)}
 
 
+def _rollout_gymnasium(env: GymnasiumEnv, policy, episodes: int, seed: int) -> dict[str, np.ndarray]:
+    obs, _ = env.reset(seed=seed)
+    data = getattr(env.envs.envs[0].unwrapped, "data", None)
+    total, length = torch.full((episodes,), torch.nan), torch.zeros(episodes)
+    frames = []
+    while bool(torch.isnan(total).any()):
+        if data is not None and bool(torch.isnan(total[0])):
+            frames.append(data.qpos.copy())
+        obs, _, _, _, info = env.step(policy(obs))
+        if "episode" in info:
+            first = info["_episode"] & torch.isnan(total)
+            total = torch.where(first, info["episode"]["r"], total)
+            length = torch.where(first, info["episode"]["l"].float(), length)
+    return {"return": total.numpy(), "length": length.numpy(), "qpos": np.array(frames)}
+
+
 def record(env_name: str, policy_path, video: str):
     """Render one episode of a saved policy on diffsim's physics."""
     env = playback_env(env_name, 1)
@@ -106,16 +135,28 @@ def main():
     args = tyro.cli(Args)
     try:
         policy, name = load_policy(args.policy)
-        env = playback_env(name, args.episodes, args.physics)
+        physics = args.physics or ("gymnasium" if is_gymnasium_id(name) else "diffsim")
+        env = playback_env(name, args.episodes, physics)
+        wanted, given = policy_obs_dim(policy), env.single_observation_space.shape[0]
+        if wanted != given:
+            raise ValueError(f"the policy wants {wanted} observations, {name} on {physics} has {given}")
         result = rollout(env, policy, args.episodes, args.seed)
-        print(f"{name} on {args.physics}, {args.episodes} episodes, deterministic policy")
+        print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy")
         for key, unit in (
             ("return", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"), ("penetration", "m"),
         ):  # fmt: skip
-            x = result[key]
+            x = result.get(key)
+            if x is None:
+                continue
             print(f"{key:16s} {x.mean():10.3f} +- {x.std():.3f}   [{x.min():.3f}, {x.max():.3f}] {unit}")
         if args.video:
-            render(env.model.mj_model, result["qpos"], env.control_dt, args.video)
+            if isinstance(env, GymnasiumEnv):
+                robot = env.envs.envs[0].unwrapped
+                if not len(result["qpos"]):
+                    raise ValueError(f"{name} does not run on MuJoCo: no video")
+                render(robot.model, result["qpos"], robot.dt, args.video)
+            else:
+                render(env.model.mj_model, result["qpos"], env.control_dt, args.video)
             print(f"wrote {args.video}")
     except ValueError as e:
         print(f"diffsim.play: {e}", file=sys.stderr)

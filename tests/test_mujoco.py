@@ -1,5 +1,6 @@
 """MuJoCo's physics with diffsim's derivatives: the value is MuJoCo's, the gradient diffsim's at the same state."""
 
+import gymnasium
 import mujoco
 import numpy as np
 import pytest
@@ -115,3 +116,46 @@ def test_shac_trains_on_mujoco_and_logs_the_mismatch(tmp_path):
     shac(*TINY, "--env", "hopper", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 2)
     last = rows(tmp_path)[-1]
     assert float(last["mismatch_joint"]) > 0 and float(last["mismatch_base"]) > 0
+
+
+TWINS = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_is_gymnasiums_environment(name):
+    env = diffsim.make(name, 1, physics="mujoco", dtype=torch.float64)
+    env.reset(seed=1)
+    kwargs = dict(env.task.gymnasium_kwargs)
+    if name == "Ant-v5":
+        kwargs["contact_cost_weight"] = 0.0
+    reference = gymnasium.make(name, **kwargs)
+    reference.reset(seed=0)
+    assert reference.unwrapped.dt == pytest.approx(env.control_dt)
+    rng = np.random.default_rng(0)
+    ended = False
+    for _ in range(300):
+        reference.unwrapped.set_state(env.qpos[:, 0].numpy(), env.qvel[:, 0].numpy())
+        action = rng.uniform(-1, 1, env.model.nu)
+        with torch.no_grad():
+            _, reward, terminated, _, info = env.step(torch.from_numpy(action)[None])
+        x_before = reference.unwrapped.data.qpos[0]
+        obs, expected, ends, _, parts = reference.step(action)
+        if name == "Ant-v5":  # the speed of qpos, not of the body's position, which lags behind it
+            speed = (reference.unwrapped.data.qpos[0] - x_before) / env.control_dt
+            expected += speed - parts["reward_forward"]
+        np.testing.assert_allclose(info["final_obs"][0], obs, rtol=1e-6, atol=1e-6)
+        assert float(reward[0]) == pytest.approx(float(expected), abs=1e-6) and bool(terminated[0]) == ends
+        ended |= ends
+    assert ended or name == "HalfCheetah-v5"
+    obs, _ = env.reset()
+    assert obs.shape == (1, reference.observation_space.shape[0])
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twins_gradient_is_finite(name):
+    env = diffsim.make(name, 2, physics="mujoco", compile=False)
+    env.reset(seed=0)
+    action = torch.zeros(2, env.model.nu, requires_grad=True)
+    total = sum(env.step(action)[1].sum() for _ in range(4))
+    (gradient,) = torch.autograd.grad(total, action)
+    assert torch.isfinite(gradient).all() and gradient.norm() > 0

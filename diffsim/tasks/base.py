@@ -34,6 +34,10 @@ class Task:
         """Reward (B,) of arriving in a state by an action."""
         raise NotImplementedError
 
+    def transition_reward(self, before: Tensor, qpos: Tensor, qvel: Tensor, action: Tensor) -> Tensor:
+        """Reward (B,) that depends on the qpos a step began with, too: what the environment asks for."""
+        return self.reward(qpos, qvel, action)
+
     def terminated(self, qpos: Tensor, qvel: Tensor) -> Tensor:
         """Which episodes end here (B,), bool; time limits are the environment's business."""
         return torch.zeros(qpos.shape[1], dtype=torch.bool, device=qpos.device)
