@@ -290,7 +290,8 @@ def check(args: Args):
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    args = tyro.cli(Args, default=replace(args, **DEFAULTS.get(args.env, {})))  # explicit flags are parsed last
+    defaults = DEFAULTS.get(args.env, {}) | DEFAULTS.get(f"{args.env} on {args.physics}", {})
+    args = tyro.cli(Args, default=replace(args, **defaults))  # explicit flags are parsed last
     checkpoint = None
     if args.resume:
         path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
@@ -371,8 +372,8 @@ if __name__ == "__main__":
     table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{run}: {args.env}, {args.num_envs} envs x {args.horizon} steps, {num_iterations} iterations", flush=True)
-    if args.env in DEFAULTS:
-        print("for this task:", *(f"{k}={getattr(args, k)}" for k in DEFAULTS[args.env]), flush=True)
+    if defaults and checkpoint is None:
+        print("for this task:", *(f"{k}={getattr(args, k)}" for k in defaults), flush=True)
     fields = (
         "iteration,global_step,wall_time_s,SPS,episodic_return,episodic_length,eval_return,eval_return_std,other_return,"
         "policy_loss,value_loss,grad_norm_before_clip,grad_norm_after_clip,nonfinite_grads,nonfinite_states,"

@@ -3,7 +3,8 @@
     python benchmarks/train.py --envs ant --scripts shac rpo_diffsim --seeds 1 2 3
 
 Each run's metrics.csv becomes results/<env>__<script>__<seed>.csv; its final policy is played for 10 episodes on both
-engines into results/replay.csv. Two runs at a time, one thread each. A `--tag` names a variant: <script>-<tag>.
+engines (that of a Gymnasium id: on Gymnasium) into results/replay.csv. Two runs at a time, one thread each. A `--tag`
+names a variant: <script>-<tag>.
 """
 
 import csv
@@ -68,11 +69,13 @@ def replay(run: Path, name: str) -> list[list]:
     """The final policy on both engines, in a process of its own."""
     code = (
         "import sys, json, torch; torch.set_num_threads(1)\n"
+        "from diffsim.gymnasium_env import is_gymnasium_id\n"
         "from diffsim.play import load_policy, playback_env, rollout\n"
         "policy, env = load_policy(sys.argv[1])\n"
-        "for physics in ('diffsim', 'mujoco'):\n"
+        "for physics in ('gymnasium',) if is_gymnasium_id(env) else ('diffsim', 'mujoco'):\n"
         "    r = rollout(playback_env(env, 10, physics), policy, 10)\n"
-        f"    print(json.dumps([physics, *(float(f) for k in {KEYS} for f in (r[k].mean(), r[k].std(), r[k].max()))]))"
+        f"    known = [r[k] if k in r else r['return'] * float('nan') for k in {KEYS}]\n"
+        "    print(json.dumps([physics, *(float(f) for x in known for f in (x.mean(), x.std(), x.max()))]))"
     )
     done = subprocess.run([sys.executable, "-c", code, run], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
@@ -96,7 +99,7 @@ def main():
     torch.set_num_threads(1)
     if args.compile:
         for env in args.envs:
-            diffsim.make(env, args.compile)
+            diffsim.make(env, args.compile)  # also what --physics mujoco differentiates with
 
     def work(job):
         run = train(args, *job)
