@@ -78,6 +78,9 @@ class Args:
     """Adam's first moment decay"""
     adam_beta2: float = 0.95
     """Adam's second moment decay"""
+    max_action_grad_norm: float = float("inf")
+    """the return's gradient with respect to the action of a sample is scaled down to this norm: no sample outshouts
+    the rest where contacts are stiff (the papers: inf)"""
     max_grad_norm: float = 1.0
     """gradients of policy and critic are scaled down to this norm"""
     gamma: float = 0.99
@@ -291,7 +294,7 @@ def check(args: Args):
     for name in (*positive, "eval_episodes", "save_every"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm"):
+    for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "max_action_grad_norm"):
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
     for name in ("gamma", "gae_lambda", "target_alpha"):
@@ -468,6 +471,8 @@ if __name__ == "__main__":
                 f"iteration {iteration}: {nonfinite_grads} samples with non-finite gradients left out", file=sys.stderr
             )
             action_gradient = torch.where(torch.isfinite(action_gradient).all(-1, True), action_gradient, 0.0)
+        norm = action_gradient.norm(dim=-1, keepdim=True)
+        action_gradient = action_gradient * (args.max_action_grad_norm / norm.clamp_min(1e-30)).clamp(max=1.0)
         window = {k: torch.stack(v).detach() for k, v in storage.items()}
         inputs, u, g = (x.flatten(0, 1) for x in (normalizer(window["obs"]), window["u"], action_gradient))
         simulate_s = time.perf_counter() - tick
@@ -543,7 +548,7 @@ if __name__ == "__main__":
             entropy=float(entropy.detach()), approx_kl=float(kl.detach()),
             learning_rate=actor_optimizer.param_groups[0]["lr"],
             inside_clip=float(inside), max_ratio=float(ratio.max()), std=float(log_std.detach().exp().mean()),
-            action_grad_norm=float(action_gradient.norm(dim=-1).mean()), simulate_s=round(simulate_s, 4),
+            action_grad_norm=float(norm.mean()), simulate_s=round(simulate_s, 4),
             policy_s=round(policy_s, 4), critic_s=round(critic_s, 4),
         )  # fmt: skip
         if args.physics == "mujoco":  # of the window's last step

@@ -66,6 +66,9 @@ class Args:
     """Adam's first moment decay"""
     adam_beta2: float = 0.95
     """Adam's second moment decay"""
+    max_action_grad_norm: float = float("inf")
+    """the return's gradient with respect to the action of a sample is scaled down to this norm: no sample outshouts
+    the rest where contacts are stiff (the papers: inf)"""
     max_grad_norm: float = 1.0
     """gradients of policy and critic are scaled down to this norm"""
     gamma: float = 0.99
@@ -274,7 +277,7 @@ def check(args: Args):
     for name in (*positive, "eval_episodes", "save_every"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm"):
+    for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "max_action_grad_norm"):
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
     for name in ("gamma", "gae_lambda", "target_alpha"):
@@ -343,6 +346,7 @@ if __name__ == "__main__":
     critic_optimizer = adam(critic.parameters(), args.critic_learning_rate)
     temperature = nn.ParameterList([torch.tensor(max(args.entropy_coef, 1e-8)).log()]).to(env.device)
     temperature_optimizer = torch.optim.Adam(temperature, args.entropy_learning_rate)
+    bound = args.max_action_grad_norm / batch_size  # the loss is a mean over samples
     soft = args.entropy_coef > 0
     target_entropy = -act_dim / 2
 
@@ -421,6 +425,8 @@ if __name__ == "__main__":
         for t in range(args.horizon):
             mean, log_std = actor(normalizer(obs))
             u = mean + log_std.exp() * torch.randn(args.num_envs, act_dim, device=env.device)
+            if bound < float("inf"):
+                u.register_hook(lambda g: g * (bound / g.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp(max=1.0))
             storage["obs"].append(obs.detach())
             obs, reward, terminated, truncated, info = env.step(torch.tanh(u))
             final_obs = info["final_obs"]

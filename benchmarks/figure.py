@@ -1,6 +1,6 @@
-"""Learning curves from the committed CSVs: python benchmarks/figure.py -> results/<env>.png, and ant_<script>.png
+"""Learning curves from the committed CSVs: python benchmarks/figure.py -> results/<env>.png and <env>_mujoco.png
 
-One figure a task: return while training against environment steps and against wall-clock, mean and range of the
+One figure a task and engine: return while training against environment steps and wall-clock, mean and range of the
 seeds for every script; and the gradient norms before clipping.
 """
 
@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-LABELS = {"shac": "SHAC", "rpo_diffsim": "RPO", "shac-sapo": "SAPO", "ppo_baseline": "PPO"}
+LABELS = {"rpo_diffsim": "RPO", "shac": "SHAC", "shac-sapo": "SAPO", "ppo_baseline": "PPO"}
+ON_MUJOCO = {f"{script}-mujoco": label for script, label in LABELS.items()}
 
 
 def column(rows, key):
@@ -32,10 +33,11 @@ def runs(env: str) -> dict[str, list[list[dict]]]:
     return found
 
 
-def draw(env: str, scripts: dict, path: Path):
+def draw(title: str, scripts: dict, labels: dict, path: Path):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for i, (script, seeds) in enumerate(scripts.items()):
-        label, color = f"{LABELS.get(script, script)} ({len(seeds)} seeds)", f"C{i}"
+    for script, seeds in scripts.items():
+        i = list(labels).index(script)
+        label, color = f"{labels[script]} ({len(seeds)} seed{'s'[: len(seeds) > 1]})", f"C{i}"
         for axis, key, scale in ((axes[0], "global_step", 1e6), (axes[1], "wall_time_s", 60)):
             xs = [column(rows, key) / scale for rows in seeds]
             grid = np.linspace(0, min(x[-1] for x in xs), 300)
@@ -48,7 +50,7 @@ def draw(env: str, scripts: dict, path: Path):
     for axis, x, y in zip(axes, (steps, minutes, steps), ("return while training",) * 2 + ("gradient norm",)):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
-    axes[0].set_title(env)
+    axes[0].set_title(title)
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -57,5 +59,8 @@ def draw(env: str, scripts: dict, path: Path):
 
 if __name__ == "__main__":
     for env in sys.argv[1:] or sorted({p.stem.split("__")[0] for p in RESULTS.glob("*__*__*.csv")}):
-        main = {script: seeds for script, seeds in runs(env).items() if script in LABELS}
-        draw(env, main, RESULTS / f"{env}.png")
+        found = runs(env)
+        for labels, suffix, title in ((LABELS, "", env), (ON_MUJOCO, "_mujoco", f"{env} on MuJoCo's physics")):
+            scripts = {script: found[script] for script in labels if script in found}
+            if scripts:
+                draw(title, scripts, labels, RESULTS / f"{env}{suffix}.png")

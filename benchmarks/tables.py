@@ -1,6 +1,6 @@
 """Write the README's tables from the committed CSVs: python benchmarks/tables.py
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is learning, ablation or throughput.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is learning, mujoco, ablation or throughput.
 """
 
 import csv
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from figure import LABELS, RESULTS, column, runs
+from figure import LABELS, ON_MUJOCO, RESULTS, column, runs
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -24,29 +24,67 @@ def spread(values, digits=0) -> str:
     return f"{np.median(values):,.{digits}f} [{values.min():,.{digits}f}, {values.max():,.{digits}f}]"
 
 
-def learning() -> str:
+def replays() -> dict:
     with open(RESULTS / "replay.csv") as f:
-        replays = {(r["run"], r["physics"]): r for r in csv.DictReader(f)}
-    rows = []
-    for env in sorted({p.stem.split("__")[0] for p in RESULTS.glob("*__*__*.csv")}):
-        for script, seeds in runs(env).items():
-            if script not in LABELS:
-                continue
-            played = [
-                {p: replays.get((f"{env}__{script}__{r}", p)) for p in ("diffsim", "mujoco")} for r in range(1, 9)
-            ]
-            soft, hard = ([x[p] for x in played if x[p]] for p in ("diffsim", "mujoco"))
-            final = [column(s, "eval_return")[~np.isnan(column(s, "eval_return"))][-1] for s in seeds]
-            steps = column(seeds[0], "global_step")[-1] / 1e6
-            wall = [column(s, "wall_time_s")[-1] / 60 for s in seeds]
+        return {(r["run"], r["physics"]): r for r in csv.DictReader(f)}
+
+
+def tasks() -> list[str]:
+    names = {p.stem.split("__")[0] for p in RESULTS.glob("*__*__*.csv")}
+    return sorted(names, key=lambda name: ("-v" in name, name))
+
+
+def outcome(seeds) -> list[str]:
+    """Steps, number of seeds, return of the final policies, minutes."""
+    final = [column(s, "eval_return")[~np.isnan(column(s, "eval_return"))][-1] for s in seeds]
+    wall = [column(s, "wall_time_s")[-1] / 60 for s in seeds]
+    return [f"{column(seeds[0], 'global_step')[-1] / 1e6:.1f}M", len(seeds), spread(final), f"{np.median(wall):.1f}"]
+
+
+def learning() -> str:
+    rows, played = [], replays()
+    for env in tasks():
+        found = runs(env)
+        for script in (s for s in LABELS if s in found and "-v" not in env):
+            soft, hard = (
+                [played[k] for n in range(1, 10) if (k := (f"{env}__{script}__{n}", physics)) in played]
+                for physics in ("diffsim", "mujoco")
+            )
             rows.append([
-                env, LABELS[script], f"{steps:.1f}M", len(seeds), spread(final), f"{np.median(wall):.1f}",
+                env, LABELS[script], *outcome(found[script]),
                 spread([float(r["return_mean"]) for r in hard]) if hard else "",
                 f"{max(float(r['limit_violation_max']) for r in soft):.3f}" if soft else "",
                 f"{100 * max(float(r['penetration_max']) for r in soft):.1f}" if soft else "",
             ])  # fmt: skip
     header = ["task", "", "steps", "seeds", "return: median [min, max]", "minutes", "the same policies on MuJoCo"]
     return markdown([*header, "past a joint's stop, rad or m", "into the ground, cm"], rows)
+
+
+def mujoco() -> str:
+    rows, played = [], replays()
+    for env in tasks():
+        found, twin = runs(env), "-v" in env
+        labels = LABELS if twin else ON_MUJOCO
+        for script in (s for s in labels if s in found):
+            names = [f"{env}__{script}__{n}" for n in range(1, 10)]
+            hard = [played[k] for n in names if (k := (n, "gymnasium" if twin else "mujoco")) in played]
+            cosines = [np.nanmean(column(s, "jacobian_cosine")) for s in found[script] if s[-1].get("jacobian_cosine")]
+            rows.append([
+                env, labels[script], *outcome(found[script]),
+                spread([float(r["return_mean"]) for r in hard]) if hard else "",
+                spread([float(r["length_mean"]) for r in hard]) if hard else "",
+                f"{np.mean(cosines):.2f}" if cosines else "",
+            ])  # fmt: skip
+    header = [
+        "task",
+        "",
+        "steps",
+        "seeds",
+        "return at the end: median [min, max]",
+        "minutes",
+        "return of 10 more episodes",
+    ]
+    return markdown([*header, "their steps", "Jacobian cosine"], rows)
 
 
 def ablation() -> str:
@@ -77,7 +115,7 @@ def throughput() -> str:
 
 if __name__ == "__main__":
     text = README.read_text()
-    for name, table in (("learning", learning), ("ablation", ablation), ("throughput", throughput)):
+    for name, table in (("learning", learning), ("mujoco", mujoco), ("ablation", ablation), ("throughput", throughput)):
         block = re.compile(f"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
         if block.search(text):
             text = block.sub(lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text)
