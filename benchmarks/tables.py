@@ -1,6 +1,6 @@
 """Write the README's tables from the committed CSVs: python benchmarks/tables.py
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is learning, mujoco, ablation or throughput.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
 
 import csv
@@ -50,14 +50,17 @@ def learning() -> str:
                 [played[k] for n in range(1, 10) if (k := (f"{env}__{script}__{n}", physics)) in played]
                 for physics in ("diffsim", "mujoco")
             )
+
+            def worst(key, scale, digits, engines=(soft, hard)):
+                return ", ".join(f"{scale * max(float(r[key]) for r in e):{digits}}" for e in engines if e)
+
             rows.append([
                 env, LABELS[script], *outcome(found[script]),
                 spread([float(r["return_mean"]) for r in hard]) if hard else "",
-                f"{max(float(r['limit_violation_max']) for r in soft):.3f}" if soft else "",
-                f"{100 * max(float(r['penetration_max']) for r in soft):.1f}" if soft else "",
+                worst("limit_violation_max", 1, ".2f"), worst("penetration_max", 100, ".1f"),
             ])  # fmt: skip
     header = ["task", "", "steps", "seeds", "return: median [min, max]", "minutes", "the same policies on MuJoCo"]
-    return markdown([*header, "past a joint's stop, rad or m", "into the ground, cm"], rows)
+    return markdown([*header, "past a stop, rad: diffsim, MuJoCo", "into the ground, cm: diffsim, MuJoCo"], rows)
 
 
 def mujoco() -> str:
@@ -87,6 +90,29 @@ def mujoco() -> str:
     return markdown([*header, "their steps", "Jacobian cosine"], rows)
 
 
+def mismatch() -> str:
+    with open(RESULTS / "mismatch.csv") as f:
+        rows = list(csv.DictReader(f))
+    rows = [
+        [r["env"], f"{r['parameter'].replace('_', ' ')} {r['value']}" + " (default)" * (r["default"] == "True")]
+        + [f"{float(r[k]):.{d}f}" for k, d in (("joint", 4), ("base_velocity", 3), ("cosine", 2))]
+        for r in rows
+    ]
+    return markdown(["task", "softness", "joints, rad", "base velocity, m/s", "Jacobian cosine"], rows)
+
+
+def cost() -> str:
+    rows = []
+    for env in tasks():
+        seeds = runs(env).get("rpo_diffsim", [])
+        if seeds and "-v" not in env:
+            parts = [
+                np.mean([np.nanmedian(column(s, k)) for s in seeds]) for k in ("simulate_s", "policy_s", "critic_s")
+            ]
+            rows.append([env, *(f"{1000 * x:.0f}" for x in parts), f"{100 * parts[0] / sum(parts):.0f} %"])
+    return markdown(["task", "simulate, ms", "policy epochs, ms", "critic, ms", "share of physics"], rows)
+
+
 def ablation() -> str:
     rows = []
     for script, seeds in runs("ant").items():
@@ -113,9 +139,11 @@ def throughput() -> str:
     return markdown([*header, "start to first gradient, s", "memory, MB"], table)
 
 
+TABLES = dict(learning=learning, mujoco=mujoco, mismatch=mismatch, ablation=ablation, cost=cost, throughput=throughput)
+
 if __name__ == "__main__":
     text = README.read_text()
-    for name, table in (("learning", learning), ("mujoco", mujoco), ("ablation", ablation), ("throughput", throughput)):
+    for name, table in TABLES.items():
         block = re.compile(f"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
         if block.search(text):
             text = block.sub(lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text)
