@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import ppo_baseline as ppo  # noqa: E402
 from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id  # noqa: E402
-from tests.test_shac import rows  # noqa: E402
+from tests.test_shac import play, rows  # noqa: E402
 
 TINY = "--no-compile --num-envs 2 --num-steps 4 --update-epochs 2 --num-minibatches 2 --eval-every 0".split()
 TINY += "--eval-episodes 2 --save-every 8 --total-timesteps 4000".split()
@@ -90,8 +90,12 @@ def test_same_seed_same_bits_and_resume(env, tmp_path):
     assert a == b if env == "hopper" else "episodes start anew" in out
     program = torch.export.load(run / "policy.pt2")
     obs_dim, act_dim = {"hopper": (11, 3), "Pendulum-v1": (3, 1)}[env]
-    action = program.module()(torch.randn(5, obs_dim))
+    action = program.module()(torch.randn(5, obs_dim)).detach()
     assert action.shape == (5, act_dim) and float(action.abs().max()) <= {"hopper": 1, "Pendulum-v1": 2}[env]
+    out = play(run, "--episodes", 1).stdout
+    assert f"{env} on {'diffsim' if env == 'hopper' else 'gymnasium'}, 1 episodes" in out
+    if env == "hopper":
+        assert "hopper is no Gymnasium environment" in play(run, "--physics", "gymnasium", expect=2).stderr
 
 
 def test_on_mujocos_physics_without_a_graph(tmp_path):

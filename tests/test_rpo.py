@@ -162,11 +162,26 @@ def test_same_seed_same_bits_and_resume_is_exact(tmp_path):
     assert program.module()(torch.zeros(5, 11)).shape == (5, 3)
 
 
+@pytest.mark.parametrize("script", ["shac.py", "rpo_diffsim.py"])
+def test_no_sample_counts_more_than_its_bound(script, tmp_path):
+    """With a bound far below every sample's gradient, the policy's gradient is proportional to the bound."""
+    norms = []
+    for bound in (1e-5, 1e-6):
+        where = tmp_path / str(bound)
+        flags = [*TINY, "--env", "hopper", "--max-action-grad-norm", bound, "--run-dir", where, "--stop-after", 1]
+        flags += ["--update-epochs", 1] if script == "rpo_diffsim.py" else []
+        command = [sys.executable, script, *map(str, flags)]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
+        norms.append(float(rows(where)[0]["grad_norm_before_clip"]))
+    assert norms[0] == pytest.approx(10 * norms[1], rel=1e-2) and norms[1] > 0
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--clip-coef", -0.2], "--clip-coef is -0.2"),
         (["--clip-low", -1], "--clip-low is -1"),
+        (["--max-action-grad-norm", 0], "--max-action-grad-norm is 0"),
         (["--update-epochs", 0], "--update-epochs is 0"),
         (["--num-minibatches", 10**6], "--num-minibatches is 1000000, more than"),
         (["--kl-coef", "nan"], "--kl-coef is nan"),
