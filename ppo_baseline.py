@@ -413,44 +413,38 @@ if __name__ == "__main__":
 
         # --- rollout: forward only ------------------------------------------------------------------------
         tick = time.perf_counter()
-        storage: dict[str, list] = {k: [] for k in ("obs", "action", "reward", "value", "terminated", "truncated")}
-        next_values: list[torch.Tensor] = []
-        unfinished = None
+        keys = ("obs", "action", "value", "reward", "terminated", "truncated", "final_value")
+        storage: dict[str, list] = {k: [] for k in keys}
         nonfinite_states = 0
         with torch.no_grad():
-            inputs = normalizer(obs)
             for _ in range(args.num_steps):
+                inputs = normalizer(obs)
                 mean, value = agent.mean(inputs), agent.value(inputs)
                 action = mean + agent.log_std.exp() * torch.randn_like(mean)
-                last_obs = obs
-                obs, reward, terminated, truncated, info = env.step(action)
-                if next_values:
-                    next_values[-1] = torch.where(unfinished, value, next_values[-1])
-                for key, x in zip(storage, (last_obs, action, reward, value, terminated, truncated)):
-                    storage[key].append(x)
-                unfinished = ~(terminated | truncated)
-                next_values.append(torch.zeros_like(value))
+                next_obs, reward, terminated, truncated, info = env.step(action)
+                final_value = torch.zeros_like(value)  # of the last observation of episodes that end here
                 if "episode" in info:
                     done = info["_episode"]
-                    next_values[-1][done] = agent.value(normalizer(info["final_obs"][done]))
+                    final_value[done] = agent.value(normalizer(info["final_obs"][done]))
                     r, l = info["episode"]["r"][done], info["episode"]["l"][done]
                     recent = (recent + torch.stack([r, l.float()], 1).tolist())[-100:]
                     nonfinite_states += int(info["nonfinite"].sum()) if "nonfinite" in info else 0
-                inputs = normalizer(obs)
-            next_values[-1] = torch.where(unfinished, agent.value(inputs), next_values[-1])
+                for key, x in zip(keys, (obs, action, value, reward, terminated, truncated, final_value)):
+                    storage[key].append(x)
+                obs = next_obs
             batch = {k: torch.stack(v) for k, v in storage.items()}
             reward, value, ended = batch["reward"], batch["value"], batch["terminated"] | batch["truncated"]
+            next_values = torch.cat([value[1:], agent.value(normalizer(obs))[None]])
+            next_values = torch.where(ended, batch["final_value"], next_values)
             if args.norm_reward:
                 reward = return_scale(reward, ended)
             advantages = gae(
-                reward, value, torch.stack(next_values), batch["terminated"], batch["truncated"],
-                args.gamma, args.gae_lambda,
-            ).flatten()  # fmt: skip
+                reward, value, next_values, batch["terminated"], batch["truncated"], args.gamma, args.gae_lambda
+            ).flatten()
             batch_obs, action, value = (batch[k].flatten(0, 1) for k in ("obs", "action", "value"))
             inputs = normalizer(batch_obs)
             targets = advantages + value
-            old_mean, old_log_std = agent.mean(inputs), agent.log_std.detach().clone()
-            old_log_prob = agent.log_prob(old_mean, action)
+            old_log_prob = agent.log_prob(agent.mean(inputs), action)
         simulate_s = time.perf_counter() - tick
 
         # --- update: epochs on the clipped surrogate ------------------------------------------------------
