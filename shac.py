@@ -146,10 +146,12 @@ DEFAULTS = {
         physics="mujoco", total_timesteps=1_000_000, horizon=4, actor_learning_rate=1e-3, eval_episodes=10,
     ),
     "Hopper-v5": dict(
-        physics="mujoco", total_timesteps=1_000_000, horizon=24, actor_learning_rate=1e-3, eval_episodes=10,
+        physics="mujoco", total_timesteps=2_000_000, horizon=32, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
+        gamma=0.995, eval_episodes=10,
     ),
     "Walker2d-v5": dict(
-        physics="mujoco", total_timesteps=1_000_000, horizon=24, actor_learning_rate=1e-3, eval_episodes=10,
+        physics="mujoco", total_timesteps=2_000_000, horizon=32, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
+        gamma=0.995, eval_episodes=10,
     ),
 }  # fmt: skip
 
