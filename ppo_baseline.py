@@ -297,7 +297,9 @@ def make(args: Args, num_envs: int, physics: str, seed: int = 0):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = tyro.cli(
+        Args, args=[a for a in sys.argv[1:] if a not in ("-h", "--help")]
+    )  # --help shows the task's defaults
     kind = "gymnasium" if is_gymnasium_id(args.env) else args.env
     args = tyro.cli(Args, default=replace(args, **DEFAULTS.get(kind, {})))  # explicit flags are parsed last
     checkpoint = None

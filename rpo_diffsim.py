@@ -9,6 +9,7 @@ Not to be confused with CleanRL's rpo_continuous_action.py, which is Robust Poli
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
     python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
+    python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/ant__rpo_diffsim__1__<time>  # returns, and --video ant.mp4
 """
 
@@ -325,7 +326,9 @@ def check(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = tyro.cli(
+        Args, args=[a for a in sys.argv[1:] if a not in ("-h", "--help")]
+    )  # --help shows the task's defaults
     defaults = DEFAULTS.get(args.env, {}) | DEFAULTS.get(f"{args.env} on {args.physics}", {})
     args = tyro.cli(Args, default=replace(args, **defaults))  # explicit flags are parsed last
     checkpoint = None

@@ -11,6 +11,7 @@ ICLR 2025, arXiv 2412.12089).
     python shac.py --env ant --seed 2 --num-envs 64 --horizon 32 # the paper's window
     python shac.py --env ant --entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 \
         --no-target-critic --activation silu --weight-decay 0.01 --max-grad-norm 0.5   # SAPO
+    python shac.py --env ant --physics mujoco                    # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/ant__shac__1__<time>             # returns, and --video ant.mp4
 """
 
@@ -308,7 +309,9 @@ def check(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = tyro.cli(
+        Args, args=[a for a in sys.argv[1:] if a not in ("-h", "--help")]
+    )  # --help shows the task's defaults
     defaults = DEFAULTS.get(args.env, {}) | DEFAULTS.get(f"{args.env} on {args.physics}", {})
     args = tyro.cli(Args, default=replace(args, **defaults))  # explicit flags are parsed last
     checkpoint = None

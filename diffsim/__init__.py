@@ -21,7 +21,7 @@ __all__ = [
 def make(task: str | Task, num_envs: int = 1, *, device: str = "cpu", physics: str = "diffsim", **kwargs) -> DiffEnv:
     """Build `num_envs` environments of a task: its name ("ant"), "path/to/my_task.py:MyTask", or a Task object.
 
-    Args: seed (0); device; physics "diffsim" (differentiable) or "mujoco" (MuJoCo's engine, forward only);
+    Args: seed (0); device; physics "diffsim", or "mujoco" (MuJoCo's step, diffsim's gradient);
     compile (True); dtype (float32); softness (contact and limit law).
     Raises ValueError, one line, for an unknown task or physics, num_envs < 1, or a device that is not there.
     """
