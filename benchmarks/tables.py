@@ -19,8 +19,10 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def spread(values, digits=0) -> str:
-    """median [min, max]"""
+    """median [min, max]; of a single run, its number"""
     values = np.asarray(values, float)
+    if len(values) == 1:
+        return f"{values[0]:,.{digits}f}"
     return f"{np.median(values):,.{digits}f} [{values.min():,.{digits}f}, {values.max():,.{digits}f}]"
 
 
