@@ -84,7 +84,9 @@ def load_or_build(model: Model, num_envs: int):
     if missing:
         start = time.time()
         print(
-            f"compiling the physics for {num_envs} environments, about a minute, once ...", file=sys.stderr, flush=True
+            f"compiling the physics for {num_envs} environments, once: one to three minutes",
+            file=sys.stderr,
+            flush=True,
         )
         with tempfile.TemporaryDirectory() as folder:
             binary = os.path.join(folder, "model.mjb")
