@@ -51,7 +51,7 @@ def draw(title: str, scripts: dict, labels: dict, path: Path):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
     axes[0].set_title(title)
-    axes[0].legend(loc="upper left", fontsize=8)
+    axes[0].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

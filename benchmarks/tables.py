@@ -92,6 +92,22 @@ def mujoco() -> str:
     return markdown([*header, "their steps", "Jacobian cosine"], rows)
 
 
+def overtaking() -> str:
+    """When a run's return while training first exceeds the median of SHAC's last ones, in SHAC's budget of steps."""
+    rows = []
+    for env in (env for env in tasks() if "-v" not in env):
+        found = runs(env)
+        for script in (s for s in LABELS if s in found and s != "shac" and "shac" in found):
+            goal = np.median([np.nanmean(column(s, "episodic_return")[-5:]) for s in found["shac"]])
+            budget = column(found["shac"][0], "global_step")[-1]
+            shares = []
+            for seed in found[script]:
+                above = column(seed, "episodic_return") > goal
+                shares.append(100 * column(seed, "global_step")[above.argmax()] / budget if above.any() else np.inf)
+            rows.append([env, LABELS[script], f"{spread(shares)} %".replace("inf %", "never").replace("inf", "never")])
+    return markdown(["task", "", "steps to SHAC's final return: median [min, max]"], rows)
+
+
 def mismatch() -> str:
     with open(RESULTS / "mismatch.csv") as f:
         rows = list(csv.DictReader(f))
@@ -141,7 +157,15 @@ def throughput() -> str:
     return markdown([*header, "start to first gradient, s", "memory, MB"], table)
 
 
-TABLES = dict(learning=learning, mujoco=mujoco, mismatch=mismatch, ablation=ablation, cost=cost, throughput=throughput)
+TABLES = dict(
+    learning=learning,
+    overtaking=overtaking,
+    mujoco=mujoco,
+    mismatch=mismatch,
+    ablation=ablation,
+    cost=cost,
+    throughput=throughput,
+)
 
 if __name__ == "__main__":
     text = README.read_text()
