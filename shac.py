@@ -574,5 +574,5 @@ if __name__ == "__main__":
     if args.capture_video and end == num_iterations:
         from diffsim.play import record
 
-        record(args.env, run / "policy.pt2", run / "video.mp4")
-    print(f"done; watch it: python -m diffsim.play {run} --video video.mp4", flush=True)
+        record(args.env, run / "policy.pt2", run / "video.mp4", args.physics)
+    print(f"done; watch it: python -m diffsim.play {run} --physics {args.physics} --video video.mp4", flush=True)

@@ -124,9 +124,9 @@ def _rollout_gymnasium(env: GymnasiumEnv, policy, episodes: int, seed: int) -> d
     return {"return": total.numpy(), "length": length.numpy(), "qpos": np.array(frames)}
 
 
-def record(env_name: str, policy_path, video: str):
-    """Render one episode of a saved policy on diffsim's physics."""
-    env = playback_env(env_name, 1)
+def record(env_name: str, policy_path, video: str, physics: str = "diffsim"):
+    """Render one episode of a saved policy."""
+    env = playback_env(env_name, 1, physics)
     qpos = rollout(env, load_policy(policy_path)[0], 1)["qpos"]
     render(env.model.mj_model, qpos, env.control_dt, str(video))
 
