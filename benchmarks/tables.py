@@ -104,7 +104,8 @@ def overtaking() -> str:
             for seed in found[script]:
                 above = column(seed, "episodic_return") > goal
                 shares.append(100 * column(seed, "global_step")[above.argmax()] / budget if above.any() else np.inf)
-            rows.append([env, LABELS[script], f"{spread(shares)} %".replace("inf %", "never").replace("inf", "never")])
+            text = "never" if min(shares) == np.inf else f"{spread(shares)} %".replace("inf", "never")
+            rows.append([env, LABELS[script], text])
     return markdown(["task", "", "steps to SHAC's final return: median [min, max]"], rows)
 
 
