@@ -139,7 +139,8 @@ DEFAULTS = {
         total_timesteps=2_000_000, horizon=16, actor_learning_rate=1e-3, actor_hidden=(256, 128),
         critic_hidden=(128, 128),
     ),
-    # Untried with SHAC, taken over from rpo_diffsim.py. On MuJoCo's physics the gradient is noisier: more environments, shorter windows, smaller steps.
+    # Untried with SHAC, taken over from rpo_diffsim.py: on MuJoCo's physics the gradient is noisier, so more
+    # environments, shorter windows, smaller steps.
     "ant on mujoco": dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, eval_episodes=32,
     ),

@@ -1,7 +1,7 @@
 """Humanoid with the reward, timing and 21 actuators of SHAC's paper (Xu et al. 2022, arXiv 2204.07137).
 
-The body is our own: on Gymnasium's, which has no ankles and stands on two points, no script learned to run. Feet, ankles,
-armature and damping were changed together, so which of them matters is not known.
+The body is our own: on Gymnasium's, which has no ankles and stands on two points, no script learned to run. Feet,
+ankles, armature and damping were changed together, so which of them matters is not known.
 """
 
 import torch
