@@ -62,6 +62,8 @@ class Args:
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
+    power_iterations: int = 3
+    """power iterations of the spectral normalisation in an update"""
     learning_starts: int = 1_000
     """environment steps of uniform random actions before the first update"""
     model_warmup: int = 5_000
@@ -70,6 +72,8 @@ class Args:
     """updates of model, critic and policy per environment step"""
     model_updates: int = 1
     """updates of the model in such an update (the paper: 4)"""
+    policy_frequency: int = 2
+    """updates of model and critic to one of the policy"""
     batch_size: int = 128
     """samples of an update"""
     dr_recent: int = 10_000
@@ -148,15 +152,22 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def mlp(sizes: list[int], activation: str, normalized: range = range(0)) -> nn.Sequential:
+def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
     """Linear layers with activations between; those of the indices `normalized` have a largest singular value of 1."""
     layers: list[nn.Module] = []
     for k, (i, o) in enumerate(zip(sizes[:-1], sizes[1:])):
         linear = nn.Linear(i, o)
         nn.init.orthogonal_(linear.weight, 0.01 if k == len(sizes) - 2 else 1.0 if k in normalized else 2**0.5)
         nn.init.zeros_(linear.bias)
-        layers += [spectral_norm(linear) if k in normalized else linear, nn.ELU() if activation == "elu" else nn.ReLU()]
+        layers.append(spectral_norm(linear, n_power_iterations=args.power_iterations) if k in normalized else linear)
+        layers.append(nn.ELU() if args.activation == "elu" else nn.ReLU())
     return nn.Sequential(*layers[:-1])
+
+
+def squashed_log_prob(noise, log_std, u):
+    """Log density (...,) of tanh(u), u = mean + std noise."""
+    slope = 2 * (np.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
+    return -(0.5 * noise.square() + log_std + slope).sum(-1) - 0.5 * np.log(2 * np.pi) * u.shape[-1]
 
 
 class Actor(nn.Module):
@@ -165,26 +176,23 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim, *args.actor_hidden, 2 * act_dim]
-        self.net = mlp(sizes, args.activation, range(1, len(args.actor_hidden) if args.spectral_norm else 0))
+        self.net = mlp(sizes, args, range(1, len(args.actor_hidden) if args.spectral_norm else 0))
 
     def distribution(self, z):
         """Mean and log standard deviation of u, both (..., act_dim)."""
         mean, log_std = self.net(z).chunk(2, -1)
-        return mean, -1.5 + 3.5 * torch.tanh(log_std / 3.5)  # within [-5, 2]
+        return mean, (log_std - 1.0).clamp(-5.0, 2.0)
 
     def log_prob(self, z, u):
         """Log density of tanh(u): (...,)"""
         mean, log_std = self.distribution(z)
-        gauss = -0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - 0.5 * np.log(2 * np.pi)
-        return (gauss - 2 * (np.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+        return squashed_log_prob((u - mean) * (-log_std).exp(), log_std, u)
 
     def forward(self, z, noise):
         """Action (..., act_dim), its log density (...,) and u: differentiable in the policy's parameters and in z."""
         mean, log_std = self.distribution(z)
         u = mean + log_std.exp() * noise
-        gauss = -0.5 * noise.square() - log_std - 0.5 * np.log(2 * np.pi)
-        log_prob = (gauss - 2 * (np.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
-        return torch.tanh(u), log_prob, u
+        return torch.tanh(u), squashed_log_prob(noise, log_std, u), u
 
     @torch.no_grad()
     def infer_noise(self, z, u):
@@ -199,7 +207,7 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim + act_dim, *args.critic_hidden, 1]
-        self.members = nn.ModuleList(mlp(sizes, args.activation) for _ in range(2))
+        self.members = nn.ModuleList(mlp(sizes, args) for _ in range(2))
 
     def forward(self, z, action):
         """(2, ...)"""
@@ -213,8 +221,8 @@ class Model(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         normalized = range(len(args.model_hidden) if args.spectral_norm else 0)
-        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args.activation, normalized)
-        self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args.activation)
+        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args, normalized)
+        self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args)
         self.register_buffer("change", torch.ones(obs_dim))  # root mean square of s' - s
         self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and deviation
 
@@ -317,12 +325,12 @@ class ReplayBuffer:
 def expansion(actor, critic, step, z, noise, gamma: float, alpha: float, visited: list | None = None):
     """V (B,) = sum_(i<h) gamma^i (r_i - alpha log pi_i) + gamma^h (Q(s_h, a_h) - alpha log pi_h), and mean entropy.
 
-    `step(i, z, action)` -> next z, reward, share of episodes that go on, and which have ended: of a model, or of the
-    world. Where an episode ends the expansion ends, with the value of its last state. noise: (h + 1, B, act_dim).
-    `visited` receives what the score function wants to know about each step.
+    `step(i, z, action)` -> next z, reward, share of episodes that go on, and which have ended (None: unknown): of a
+    model, or of the world. Where an episode ends the expansion ends, with the value of its last state. noise:
+    (h + 1, B, act_dim). `visited` receives what the score function wants to know about each step.
     """
     running = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
-    value, weight, entropies = torch.zeros_like(z[:, 0]), torch.ones_like(z[:, 0]), []
+    value, weight, entropies = 0.0, torch.ones_like(z[:, 0]), []
     for i in range(len(noise)):
         action, log_prob, u = actor(z, noise[i])
         entropies.append(-log_prob.mean())
@@ -331,11 +339,14 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float, visited
             gain = weight * (critic(z, action).amin(0) - alpha * log_prob)
         else:
             z_next, reward, goes_on, ended = step(i, z, action)
-            gain = torch.where(running, weight * (reward - alpha * log_prob), 0.0)
+            gain = weight * (reward - alpha * log_prob)
+            gain = gain if ended is None else torch.where(running, gain, 0.0)
         value = value + gain
         if visited is not None:
             visited.append(dict(z=z, u=u, gain=gain, weight=weight, counts=running | last))
-        if not last:
+        if not last and ended is None:
+            weight, z = weight * gamma * goes_on, z_next
+        elif not last:
             weight = torch.where(running, weight * gamma * goes_on, weight)
             z = torch.where(running[:, None], z_next, z)
             running = running & ~ended
@@ -346,14 +357,14 @@ def predicted_step(model, i, z, action):
     """dp, lr: the model's own next state."""
     z_next = model.step(z, action)
     reward, logit = model.outcome(z, action, z_next)
-    return z_next, reward, torch.sigmoid(logit), torch.zeros_like(reward, dtype=torch.bool)
+    return z_next, reward, torch.sigmoid(logit), None
 
 
 def real_step(model, segment, i, z, action):
     """dr: the recorded next state, reward and end; only their derivatives are the model's."""
 
     def real(x, derivative):
-        return x + derivative - derivative.detach()
+        return x + (derivative - derivative.detach())
 
     terminated = segment["terminated"][i]
     z_next = real(segment["z_next"][i], model.step(z, action))
@@ -482,8 +493,24 @@ def atomic_save(thing, path: Path):
 
 def check(args: Args):
     """One line for every argument that cannot work."""
-    positive = ("num_envs", "total_timesteps", "batch_size", "learning_starts", "model_updates", "dr_recent")
-    positive += ("buffer_size", "probe_batch", "num_threads", "eval_episodes", "log_every", "save_every")
+    positive = (
+        "num_envs",
+        "total_timesteps",
+        "batch_size",
+        "learning_starts",
+        "model_updates",
+        "policy_frequency",
+        "dr_recent",
+    )
+    positive += (
+        "buffer_size",
+        "probe_batch",
+        "num_threads",
+        "eval_episodes",
+        "log_every",
+        "save_every",
+        "power_iterations",
+    )
     for name, least in (*((n, 1) for n in positive), ("unroll", 0), ("model_warmup", 0), ("probe_draws", 2)):
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
@@ -578,7 +605,7 @@ if __name__ == "__main__":
     for module in (actor, model, critic, target_critic):
         module.eval()  # spectral normalisation iterates in training mode only: once per update, below
     global_step = first_iteration = 0
-    elapsed_before = owed = 0.0  # owed: updates due
+    updates, elapsed_before, owed = 0, 0.0, 0.0  # owed: updates due
     recent: list[list[float]] = []  # return and length of the latest episodes
     obs, _ = env.reset()
     if checkpoint is None:
@@ -590,7 +617,8 @@ if __name__ == "__main__":
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
-        global_step, first_iteration, owed = (checkpoint[k] for k in ("global_step", "iteration", "owed"))
+        global_step, first_iteration = checkpoint["global_step"], checkpoint["iteration"]
+        owed, updates = checkpoint["owed"], checkpoint["updates"]
         elapsed_before, recent = checkpoint["wall_time_s"], checkpoint["recent"]
         if on_gymnasium:
             print(f"{args.env} cannot be saved: its episodes start anew, everything else goes on")
@@ -624,15 +652,16 @@ if __name__ == "__main__":
 
     def save(iteration: int):
         state = {name: module.state_dict() for name, module in modules.items()}
-        state |= dict(args=asdict(args), rng=torch.get_rng_state(), recent=recent, owed=owed)
+        state |= dict(args=asdict(args), rng=torch.get_rng_state(), recent=recent, owed=owed, updates=updates)
         state |= dict(global_step=global_step, iteration=iteration, wall_time_s=elapsed_before + time.time() - START)
         if not on_gymnasium:
             state["env_state"] = env.get_state()
         atomic_save(state, run / "checkpoint.pt")
-        plain = copy.deepcopy(policy)  # its layers with the normalised weights themselves
-        for layer in plain.actor.net:
-            if parametrize.is_parametrized(layer):
-                parametrize.remove_parametrizations(layer, "weight")
+        plain = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device)
+        for layer, trained in zip(plain.net, actor.net):
+            if isinstance(layer, nn.Linear):  # the normalised weights themselves
+                layer.weight, layer.bias = nn.Parameter(trained.weight.detach()), trained.bias
+        plain = DeterministicPolicy(normalizer, plain, env.single_action_space).to(env.device)
         example = torch.zeros(2, obs_dim, device=env.device)
         program = torch.export.export(plain, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         torch.export.save(program, run / "policy.tmp.pt2", extra_files={"env": args.env})
@@ -714,6 +743,9 @@ if __name__ == "__main__":
             seen["critic_s"].append(time.perf_counter() - tick)
 
             # --- policy: the gradient of the expansion ----------------------------------------------------
+            updates += 1
+            if updates % args.policy_frequency:
+                continue
             tick = time.perf_counter()
             h = args.unroll if global_step > args.model_warmup else 0
             gradient = args.gradient if h else "dp"

@@ -1,0 +1,307 @@
+"""rp_pgm_mb.py: its estimators against closed forms and each other, and the script as a user runs it."""
+
+import csv
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import rp_pgm_mb as rp  # noqa: E402
+from tests.test_shac import play, rows  # noqa: E402
+
+TINY = "--no-compile --num-envs 2 --total-timesteps 4000 --learning-starts 20 --model-warmup 24 --batch-size 8".split()
+TINY += "--eval-every 0 --eval-episodes 2 --log-every 2 --save-every 20".split()
+GAMMA, H, OBS, ACT = 0.9, 4, 3, 2
+
+
+def run_rp(*args, expect=0):
+    command = [sys.executable, "rp_pgm_mb.py", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+class LinearWorld:
+    """s' = A s + B a, reward -|s'|^2 - |a|^2 / 10, no end: a model and a world without error."""
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(1)
+        self.A = 0.9 * torch.eye(OBS, dtype=torch.float64) + 0.1 * torch.randn(OBS, OBS, generator=g).double()
+        self.B = 0.3 * torch.randn(OBS, ACT, generator=g).double()
+
+    def step(self, z, action):
+        return z @ self.A.T + action @ self.B.T
+
+    def outcome(self, z, action, z_next):
+        return -z_next.square().sum(-1) - 0.1 * action.square().sum(-1), torch.full_like(z[:, 0], torch.inf)
+
+
+class LinearActor(torch.nn.Module):
+    """a = K s + 0.2 noise"""
+
+    def __init__(self):
+        super().__init__()
+        self.K = torch.nn.Parameter(0.3 * torch.randn(ACT, OBS, generator=torch.Generator().manual_seed(2)).double())
+
+    def log_prob(self, z, u):
+        return (-0.5 * ((u - z @ self.K.T) / 0.2).square() - np.log(0.2) - 0.5 * np.log(2 * np.pi)).sum(-1)
+
+    def forward(self, z, noise):
+        u = z @ self.K.T + 0.2 * noise
+        return u, (-0.5 * noise.square() - np.log(0.2) - 0.5 * np.log(2 * np.pi)).sum(-1), u
+
+    @torch.no_grad()
+    def infer_noise(self, z, u):
+        return (u - z @ self.K.T) / 0.2
+
+
+def quadratic_critic(z, action):
+    return -(2 * z.square().sum(-1) + 0.5 * action.square().sum(-1)).expand(2, -1)
+
+
+def linear_problem(batch: int, h: int = H):
+    world, actor = LinearWorld(), LinearActor()
+    z, noise = torch.randn(batch, OBS).double(), torch.randn(h + 1, batch, ACT).double()
+    return world, actor, z, noise
+
+
+def gradient(name, world, actor, segment, noise, alpha=0.0):
+    value, _ = rp.objective(name, actor, world, quadratic_critic, segment, noise, GAMMA, alpha)
+    return rp.flat_grad(value.mean(), actor).view(ACT, OBS)
+
+
+def test_dp_on_a_perfect_model_is_the_analytic_gradient():
+    """Forward sensitivities ds/dK, da/dK of the linear world, by hand, one sample and one entry of K at a time."""
+    world, actor, z0, noise = linear_problem(3)
+    found = gradient("dp", world, actor, {"z": z0[None]}, noise)
+    K = actor.K.detach()
+    expected = torch.zeros_like(K)
+    for b in range(3):
+        for r in range(ACT):
+            for c in range(OBS):
+                s, ds = z0[b], torch.zeros(OBS).double()
+                for i in range(H + 1):
+                    a = K @ s + 0.2 * noise[i, b]
+                    da = K @ ds
+                    da[r] += s[c]
+                    if i < H:
+                        s_next, ds_next = world.A @ s + world.B @ a, world.A @ ds + world.B @ da
+                        expected[r, c] += GAMMA**i * (-2 * s_next @ ds_next - 0.2 * a @ da) / 3
+                        s, ds = s_next, ds_next
+                expected[r, c] += GAMMA**H * (-4 * s @ ds - a @ da) / 3
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def real_segment(world, actor, z, noise):
+    """What the world did under the policy."""
+    steps = []
+    with torch.no_grad():
+        for eps in noise[:-1]:
+            action, log_prob, u = actor(z, eps)
+            z_next = world.step(z, action)
+            flag = torch.zeros(len(z), dtype=torch.bool)
+            step = dict(z=z, u=u, reward=world.outcome(z, action, z_next)[0], z_next=z_next)
+            steps.append(step | dict(terminated=flag, truncated=flag))
+            z = z_next
+    return {k: torch.stack([s[k] for s in steps]) for k in steps[0]}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_dr_equals_dp_on_trajectories_it_reproduces(alpha):
+    world, actor, z, noise = linear_problem(50)
+    segment = real_segment(world, actor, z, noise)
+    dp, dr = (gradient(name, world, actor, segment, noise, alpha) for name in ("dp", "dr"))
+    torch.testing.assert_close(dr, dp, rtol=1e-9, atol=1e-9)
+
+
+def test_dr_takes_values_from_the_world_and_derivatives_from_the_model():
+    """In another world than the model's: the value is the real one, and the gradient is not DP's."""
+    model, actor, z, noise = linear_problem(50)
+    world = LinearWorld()
+    world.A = world.A + 0.1
+    segment = real_segment(world, actor, z, noise)
+    value = rp.objective("dr", actor, model, quadratic_critic, segment, noise, GAMMA, 0.0)[0]
+    truth = rp.objective("dp", actor, world, quadratic_critic, segment, noise, GAMMA, 0.0)[0]
+    torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-9)
+    dp, dr = (gradient(name, model, actor, segment, noise) for name in ("dp", "dr"))
+    assert float((dp - dr).norm() / dp.norm()) > 0.01
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_lr_agrees_with_dp_in_expectation(alpha):
+    world, actor, z, noise = linear_problem(200_000, 2)
+    dp = gradient("dp", world, actor, {"z": z[None]}, noise, alpha)
+    draws = torch.stack(
+        [gradient("lr", world, actor, {"z": part[None]}, eps, alpha)
+         for part, eps in zip(z.chunk(40), noise.chunk(40, 1))]
+    )  # fmt: skip
+    error = draws.std(0) / 40**0.5
+    assert float(((draws.mean(0) - dp).abs() / error).max()) < 4.5
+    assert float((draws.mean(0) - dp).norm() / dp.norm()) < 0.1
+
+
+def test_inferred_noise_reproduces_action_and_next_state():
+    args = rp.Args()
+    actor, model = rp.Actor(OBS, ACT, args).eval(), rp.Model(OBS, ACT, args).eval()
+    z, z_next, noise = torch.randn(20, OBS), torch.randn(20, OBS), torch.randn(20, ACT)
+    action, _, u = actor(z, noise)
+    torch.testing.assert_close(actor.infer_noise(z, u), noise, rtol=1e-5, atol=1e-5)
+    again, _, _ = actor(z, actor.infer_noise(z, u))
+    torch.testing.assert_close(again, action, rtol=0, atol=1e-6)
+    flag = torch.zeros(20, dtype=torch.bool)
+    segment = dict(z_next=z_next, reward=torch.randn(20), terminated=flag, truncated=flag)
+    found, reward, goes_on, _ = rp.real_step(model, {k: x[None] for k, x in segment.items()}, 0, z, again)
+    torch.testing.assert_close(found, z_next, rtol=0, atol=1e-6)
+    torch.testing.assert_close(reward, segment["reward"], rtol=0, atol=1e-6)
+    assert bool((goes_on == 1).all())
+
+
+def test_the_expansion_ends_with_the_episode():
+    """Sample 0 terminates in step 1, sample 1 is truncated there, sample 2 goes on."""
+    actor, reward = LinearActor(), torch.tensor([1.0, 2.0, 4.0]).double()
+    ends = dict(terminated=torch.tensor([True, False, False]), truncated=torch.tensor([False, True, False]))
+
+    def step(i, z, action):
+        over = (ends["terminated"] | ends["truncated"]) if i == 1 else torch.zeros(3, dtype=torch.bool)
+        goes_on = (~(ends["terminated"] & over)).double()
+        return torch.full_like(z, i + 1.0), reward, goes_on, over
+
+    def critic(z, action):
+        return 100 * z[:, 0].expand(2, -1)
+
+    value, _ = rp.expansion(
+        actor, critic, step, torch.zeros(3, OBS).double(), torch.zeros(4, 3, ACT).double(), 0.5, 0.0
+    )
+    # r + r/2, then nothing; then V(s_2) = 200 at gamma^2; a third reward and V(s_3) = 300 at gamma^3
+    expected = torch.tensor([1.5, 2 * 1.5 + 50, 4 * 1.75 + 37.5]).double()
+    torch.testing.assert_close(value, expected)
+
+
+def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
+    buffer = rp.ReplayBuffer(20, 2, obs=(1,), terminated=(), truncated=())
+    for t in range(25):  # of 10 steps each: wrapped twice and a half
+        buffer.add(
+            obs=torch.tensor([[t], [100.0 + t]]),
+            terminated=torch.tensor([t % 4 == 0, False]),
+            truncated=torch.tensor([False, t % 4 == 0]),
+        )
+    assert len(buffer) == 10
+    sample = buffer.sample(500, 3)
+    obs = sample["obs"][..., 0]
+    assert bool((obs.diff(dim=0) == 1).all())
+    time, second = obs % 100, obs >= 100
+    assert (int(time.min()), int(time.max())) == (15, 24)
+    assert bool((sample["terminated"] == ((time % 4 == 0) & ~second)).all())
+    assert bool((sample["truncated"] == ((time % 4 == 0) & second)).all())
+    assert float((buffer.sample(500, 1, recent=4)["obs"] % 100).min()) == 23
+    other = rp.ReplayBuffer(20, 2, obs=(1,), terminated=(), truncated=())
+    other.load_state_dict(buffer.state_dict())
+    assert all(torch.equal(x, other.data[k]) for k, x in buffer.data.items()) and other.count == 25
+
+
+def singular_values(net):
+    return [
+        float(torch.linalg.matrix_norm(layer.weight, 2))
+        for layer in net
+        if isinstance(layer, torch.nn.Linear) and torch.nn.utils.parametrize.is_parametrized(layer)
+    ]
+
+
+def test_spectral_norm_after_training(tmp_path):
+    run_rp("--env", "Pendulum-v1", *TINY, "--run-dir", tmp_path, "--stop-after", 150, "--actor-hidden", 64, 64, 64)
+    checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
+    args = rp.Args(**checkpoint["args"])
+    actor, model = rp.Actor(3, 1, args).eval(), rp.Model(3, 1, args).eval()
+    start = [x.clone() for x in model.parameters()]
+    actor.load_state_dict(checkpoint["actor"])
+    model.load_state_dict(checkpoint["model"])
+    assert any(not torch.equal(a, b) for a, b in zip(start, model.parameters()))
+    values = singular_values(actor.net) + singular_values(model.dynamics)
+    assert len(values) == 2 + 3 and not singular_values(model.outcomes)
+    assert max(abs(x - 1) for x in values) < 1e-2
+
+
+@pytest.mark.parametrize("env", ["cartpole", "Pendulum-v1"])
+@pytest.mark.parametrize("flags", [["--gradient", "dr"], ["--gradient", "lr", "--no-spectral-norm"]])
+def test_same_seed_same_bits_and_resume(env, flags, tmp_path):
+    flags = ["--env", env, *TINY, *flags]
+    run_rp(*flags, "--run-dir", tmp_path / "a", "--stop-after", 30)
+    run_rp(*flags, "--run-dir", tmp_path / "b", "--stop-after", 20)
+    run = next((tmp_path / "b").iterdir())
+    out = run_rp("--resume", run, "--stop-after", 30).stdout
+    a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
+    assert len(a) == len(b) == 30 and a[:20] == b[:20]
+    assert a == b if env == "cartpole" else "episodes start anew" in out
+    obs_dim, bound = {"cartpole": (5, 1), "Pendulum-v1": (3, 2)}[env]
+    action = torch.export.load(run / "policy.pt2").module()(10 * torch.randn(5, obs_dim)).detach()
+    assert action.shape == (5, 1) and float(action.abs().max()) <= bound
+    assert f"{env} on " in play(run, "--episodes", 1).stdout
+
+
+def test_probe_measures_every_estimator_and_changes_nothing(tmp_path):
+    flags = ["--env", "cartpole", *TINY, "--stop-after", 30]
+    run_rp(*flags, "--run-dir", tmp_path / "a")
+    run_rp(*flags, "--run-dir", tmp_path / "b", *"--probe-every 60 --probe-draws 3 --probe-batch 4".split())
+    a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
+    assert a == b
+    with open(next((tmp_path / "b").iterdir()) / "probe.csv") as f:
+        found = list(csv.DictReader(f))
+    assert {(r["estimator"], int(r["h"])) for r in found} == {
+        (name, h) for name in ("dp", "dr", "lr", "true", "mfg") for h in (1, 2, 4, 8, 16)
+    }
+    assert all(float(r["variance"]) > 0 and float(r["bias"]) >= 0 for r in found)
+    assert all(float(r["bias"]) == 0 for r in found if r["estimator"] == "true")
+
+
+def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient():
+    """ "mfg" and "true" of a probe, on one state and many draws of noise."""
+    torch.manual_seed(0)
+    args = rp.Args(spectral_norm=False, actor_hidden=(8,))
+    batch, h = 2048, 3
+    env = rp.make(rp.Args(env="cartpole", compile=False), batch)
+    actor = rp.Actor(5, 1, args)
+
+    def critic(z, action):
+        return (3 * z.sum(-1) - (action[:, 0] - 1).square()).expand(2, -1)
+
+    policy = rp.DeterministicPolicy(rp.Normalizer(5), actor, env.single_action_space)
+    start = env.get_state()
+    start = {k: x[:, :1].expand_as(x) if k in ("qpos", "qvel") else x for k, x in start.items()}
+    true, mfg = [], []
+    for _ in range(12):
+        env.set_state(start)
+        visited, record = [], []
+        noise = torch.randn(h + 1, batch, 1)
+        step = partial(rp.simulator_step, env, policy, record)
+        value, _ = rp.expansion(actor, critic, step, policy.normalizer(env.detach()), noise, 0.9, 0.1, visited)
+        true.append(rp.flat_grad(value.mean(), actor))
+        visited = [{k: x.detach() for k, x in s.items()} for s in visited]
+        mfg.append(rp.flat_grad(rp.score_surrogate(actor, critic, visited, 0.1).mean(), actor))
+    true, mfg = torch.stack(true), torch.stack(mfg)
+    direction = true.mean(0) / true.mean(0).square().sum()
+    along = mfg @ direction  # 1 where it has no bias
+    error = float(along.std()) / 12**0.5
+    assert error < 0.2 and abs(float(along.mean()) - 1) < 4 * error
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--env", "antt"], "unknown env 'antt'"),
+        (["--env", "CartPole-v1"], "Discrete(2)"),
+        (["--num-envs", 0], "--num-envs is 0"),
+        (["--unroll", -1], "--unroll is -1"),
+        (["--unroll", 2000], "--unroll is 2000"),
+        (["--update-ratio", 0], "--update-ratio is 0"),
+        (["--resume", "nowhere"], "--resume nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(args, message):
+    done = run_rp(*args, "--no-compile", expect=2)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
