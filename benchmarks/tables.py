@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from figure import LABELS, ON_MUJOCO, RESULTS, column, runs
+from gradient_lab import NAMES, curve, growth, probes
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -109,6 +110,60 @@ def overtaking() -> str:
     return markdown(["task", "", "steps to SHAC's final return: median [min, max]"], rows)
 
 
+def model_based() -> str:
+    """rp_pgm_mb.py's runs, and PPO's return while training after as many steps."""
+    rows = []
+    for env in tasks():
+        found = runs(env)
+        for script in sorted(s for s in found if s.startswith("rp_pgm_mb") and "-lab" not in s):
+            seeds, steps = found[script], column(found[script][0], "global_step")[-1]
+            evaluations = [column(s, "eval_return") for s in seeds]
+            ppo = [
+                np.interp(steps, column(s, "global_step"), column(s, "episodic_return"))
+                for s in found.get("ppo_baseline", [])
+            ]
+            wall = [column(s, "wall_time_s")[-1] / 60 for s in seeds]
+            rows.append([
+                env, script.removeprefix("rp_pgm_mb").strip("-").replace("-", " ") or "dp, SN (default)", f"{steps / 1e3:.0f}k",
+                len(seeds), spread([e[~np.isnan(e)][-1] for e in evaluations]), spread([np.nanmax(e) for e in evaluations]),
+                f"{np.median(wall):.1f}", spread(ppo) if ppo and "-" not in script else "",
+            ])  # fmt: skip
+    header = ["environment", "", "steps", "seeds", "return at the end: median [min, max]", "best evaluation", "minutes"]
+    return markdown([*header, "PPO after as many steps"], rows)
+
+
+def growth_of_variance() -> str:
+    """Of the gradient, against the length of the expansion."""
+    rows = []
+    for (env, variant), table in sorted(probes().items()):
+        for name in ("dp", "dr", "lr", "true", "mfg"):
+            hs, variance = curve(table, name, "variance")
+            if len(hs):
+                at = dict(zip(hs, variance / variance[0]))
+                rows.append(
+                    [env, "no" if "no-sn" in variant else "yes", NAMES[name], table[name, 1]["count"]]
+                    + [f"{at[h]:.3g}" if h in at else "" for h in (2, 4, 8, 16, 32)]
+                    + [f"{growth(hs, variance):.2f}"]
+                )
+    header = ["environment", "SN", "estimator", "probes", *(f"h = {h}" for h in (2, 4, 8, 16, 32))]
+    return markdown([*header, "factor per step, h >= 4"], rows)
+
+
+def bias() -> str:
+    """Against the true gradient of the same objective, on diffsim's tasks."""
+    rows = []
+    for (env, variant), table in sorted(probes().items()):
+        for name in ("dp", "dr", "lr", "mfg", "true"):
+            hs, deviation = curve(table, name, "deviation")
+            if len(hs):
+                _, distance = curve(table, name, "bias")
+                cells = [
+                    f"{b:.2f} / {d:.2f}" if name != "true" else f"- / {d:.2f}" for b, d in zip(distance, deviation)
+                ]
+                rows.append([env, "no" if "no-sn" in variant else "yes", NAMES[name], *cells])
+    return markdown(["environment", "SN", "bias / deviation", *(f"h = {h}" for h in (1, 2, 4, 8, 16, 32))], rows)
+
+
 def mismatch() -> str:
     with open(RESULTS / "mismatch.csv") as f:
         rows = list(csv.DictReader(f))
@@ -160,6 +215,9 @@ def throughput() -> str:
 
 TABLES = dict(
     learning=learning,
+    model=model_based,
+    variance=growth_of_variance,
+    bias=bias,
     overtaking=overtaking,
     mujoco=mujoco,
     mismatch=mismatch,

@@ -62,6 +62,9 @@ def train(args: Args, env: str, script: str, seed: int) -> Path:
         )  # fmt: skip
     run = next(p.parent for p in folder.glob("*/metrics.csv"))
     shutil.copy(run / "metrics.csv", RESULTS / f"{folder.name}.csv")
+    if (run / "probe.csv").exists():
+        (RESULTS / "probes").mkdir(exist_ok=True)
+        shutil.copy(run / "probe.csv", RESULTS / "probes" / f"{folder.name}.csv")
     return run
 
 
