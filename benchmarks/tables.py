@@ -123,9 +123,10 @@ def model_based() -> str:
                 for s in found.get("ppo_baseline", [])
             ]
             wall = [column(s, "wall_time_s")[-1] / 60 for s in seeds]
+            variant = script.removeprefix("rp_pgm_mb").strip("-").replace("-", " ") or "dp (default)"
             rows.append([
-                env, script.removeprefix("rp_pgm_mb").strip("-").replace("-", " ") or "dp, SN (default)", f"{steps / 1e3:.0f}k",
-                len(seeds), spread([e[~np.isnan(e)][-1] for e in evaluations]), spread([np.nanmax(e) for e in evaluations]),
+                env, variant, f"{steps / 1e3:.0f}k", len(seeds),
+                spread([e[~np.isnan(e)][-1] for e in evaluations]), spread([np.nanmax(e) for e in evaluations]),
                 f"{np.median(wall):.1f}", spread(ppo) if ppo and "-" not in script else "",
             ])  # fmt: skip
     header = ["environment", "", "steps", "seeds", "return at the end: median [min, max]", "best evaluation", "minutes"]
