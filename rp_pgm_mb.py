@@ -62,7 +62,7 @@ class Args:
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
-    power_iterations: int = 3
+    power_iterations: int = 5
     """power iterations of the spectral normalisation in an update"""
     learning_starts: int = 1_000
     """environment steps of uniform random actions before the first update"""
@@ -168,6 +168,16 @@ def squashed_log_prob(noise, log_std, u):
     """Log density (...,) of tanh(u), u = mean + std noise."""
     slope = 2 * (np.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
     return -(0.5 * noise.square() + log_std + slope).sum(-1) - 0.5 * np.log(2 * np.pi) * u.shape[-1]
+
+
+@torch.no_grad()
+def follow_spectral_norm(net: nn.Sequential):
+    """Power iterations on weights that have changed; at other times (eval mode) u and v of the estimate stay."""
+    net.train()
+    for layer in net:
+        if parametrize.is_parametrized(layer):
+            layer.weight  # noqa: B018  computing it iterates
+    net.eval()
 
 
 class Actor(nn.Module):
@@ -603,7 +613,7 @@ if __name__ == "__main__":
     modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     modules |= dict(model_optimizer=model_optimizer, temperature_optimizer=temperature_optimizer)
     for module in (actor, model, critic, target_critic):
-        module.eval()  # spectral normalisation iterates in training mode only: once per update, below
+        module.eval()  # spectral normalisation iterates in training mode only: see follow_spectral_norm
     global_step = first_iteration = 0
     updates, elapsed_before, owed = 0, 0.0, 0.0  # owed: updates due
     recent: list[list[float]] = []  # return and length of the latest episodes
@@ -712,7 +722,7 @@ if __name__ == "__main__":
             owed -= 1
             # --- model: one-step predictions --------------------------------------------------------------
             tick = time.perf_counter()
-            model.requires_grad_(True).train()
+            model.requires_grad_(True)
             for _ in range(args.model_updates):
                 batch = normalized(normalizer, {k: x[0] for k, x in buffer.sample(args.batch_size).items()})
                 names = ("z", "action", "reward", "z_next", "terminated")
@@ -721,7 +731,8 @@ if __name__ == "__main__":
                 sum(losses).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 model_optimizer.step()
-            model.requires_grad_(False).eval()
+                follow_spectral_norm(model.dynamics)
+            model.requires_grad_(False)
             seen["model_s"].append(time.perf_counter() - tick)
 
             # --- critic: soft Bellman targets from real steps ---------------------------------------------
@@ -755,8 +766,7 @@ if __name__ == "__main__":
             else:
                 segment = {k: x[None] for k, x in batch.items()}
             noise = torch.randn(h + 1, args.batch_size, act_dim, device=env.device)
-            actor.train()
-            with parametrize.cached():  # one power iteration, not one per step of the expansion
+            with parametrize.cached():  # the normalised weights once, not once per step of the expansion
                 value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
                 if gradient == "dr":
                     with torch.no_grad():
@@ -766,10 +776,10 @@ if __name__ == "__main__":
                 policy_loss = -(weight * value).mean()
                 actor_optimizer.zero_grad()
                 policy_loss.backward()
-            actor.eval()
             norm_before = float(nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm))
             if np.isfinite(norm_before):
                 actor_optimizer.step()
+                follow_spectral_norm(actor.net)
             if args.learn_entropy_coef:
                 temperature_optimizer.zero_grad()
                 (temperature[0].exp() * (entropy.detach() + act_dim)).backward()
