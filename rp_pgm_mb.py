@@ -597,6 +597,8 @@ if __name__ == "__main__":
     normalizer, changes = Normalizer(obs_dim).to(env.device), Normalizer(obs_dim).to(env.device)
     rewards = Normalizer(1).to(env.device)
     policy = DeterministicPolicy(normalizer, actor, env.single_action_space).to(env.device)
+    plain = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device)  # gets the normalised weights
+    exported = DeterministicPolicy(normalizer, plain, env.single_action_space).to(env.device)
     adam = partial(torch.optim.Adam, fused=True)
     actor_optimizer = adam(actor.parameters(), args.actor_learning_rate)
     critic_optimizer = adam(critic.parameters(), args.critic_learning_rate)
@@ -667,13 +669,11 @@ if __name__ == "__main__":
         if not on_gymnasium:
             state["env_state"] = env.get_state()
         atomic_save(state, run / "checkpoint.pt")
-        plain = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device)
-        for layer, trained in zip(plain.net, actor.net):
-            if isinstance(layer, nn.Linear):  # the normalised weights themselves
+        for layer, trained in zip(exported.actor.net, actor.net):
+            if isinstance(layer, nn.Linear):
                 layer.weight, layer.bias = nn.Parameter(trained.weight.detach()), trained.bias
-        plain = DeterministicPolicy(normalizer, plain, env.single_action_space).to(env.device)
         example = torch.zeros(2, obs_dim, device=env.device)
-        program = torch.export.export(plain, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        program = torch.export.export(exported, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         torch.export.save(program, run / "policy.tmp.pt2", extra_files={"env": args.env})
         os.replace(run / "policy.tmp.pt2", run / "policy.pt2")
 
@@ -701,12 +701,9 @@ if __name__ == "__main__":
             obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             final_obs = info["final_obs"]
             buffer.add(**step, reward=reward, final_obs=final_obs, terminated=terminated, truncated=truncated)
-            for moments, x in (
-                (normalizer, step["obs"]),
-                (changes, final_obs - step["obs"]),
-                (rewards, reward[:, None]),
-            ):
-                moments.update(x)
+            normalizer.update(step["obs"])
+            changes.update(final_obs - step["obs"])
+            rewards.update(reward[:, None])
         if "episode" in info:
             done = info["_episode"]
             r, l = info["episode"]["r"][done], info["episode"]["l"][done]
