@@ -297,11 +297,13 @@ class DeterministicPolicy(nn.Module):
 class ReplayBuffer:
     """The latest `capacity` steps of N environments, in order. Terminated and truncated are kept apart."""
 
-    def __init__(self, capacity: int, num_envs: int, **shapes: tuple[int, ...]):
+    def __init__(self, capacity: int, num_envs: int, device="cpu", **shapes: tuple[int, ...]):
         self.capacity, self.num_envs, self.count = max(1, capacity // num_envs), num_envs, 0
         flags = ("terminated", "truncated")
         self.data = {
-            k: torch.zeros(self.capacity, num_envs, *shape, dtype=torch.bool if k in flags else torch.float32)
+            k: torch.zeros(
+                self.capacity, num_envs, *shape, dtype=torch.bool if k in flags else torch.float32, device=device
+            )
             for k, shape in shapes.items()
         }
 
@@ -450,7 +452,7 @@ def probe(args: Args, actor, model, critic, policy, buffer: ReplayBuffer, env, a
         grads: dict[str, list] = defaultdict(list)
         for _ in range(args.probe_draws):
             segment = buffer.sample(args.probe_batch, h, args.dr_recent)
-            noise = torch.randn(h + 1, args.probe_batch, segment["u"].shape[-1])
+            noise = torch.randn(h + 1, *segment["u"].shape[1:], device=segment["u"].device)
             common = dict(gamma=args.gamma, alpha=alpha)
             if env is not None:
                 state, nq, nv = segment["state"][0].T, env.model.nq, env.model.nv
@@ -608,7 +610,7 @@ if __name__ == "__main__":
     shapes = dict(obs=(obs_dim,), u=(act_dim,), log_prob=(), reward=(), final_obs=(obs_dim,))
     if not on_gymnasium:  # what a probe starts the simulator from
         shapes["state"] = (env.model.nq + env.model.nv + env.model.nu,)
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, **shapes, terminated=(), truncated=())
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, env.device, **shapes, terminated=(), truncated=())
 
     modules = dict(actor=actor, model=model, critic=critic, target_critic=target_critic, normalizer=normalizer)
     modules |= dict(changes=changes, rewards=rewards, temperature=temperature, buffer=buffer)
