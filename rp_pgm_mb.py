@@ -445,7 +445,8 @@ def probe(args: Args, actor, model, critic, policy, buffer: ReplayBuffer, env, a
     Variance: the trace of the covariance of the flattened policy gradient over independent draws of states and noise.
     With `env`, a diffsim environment of probe_batch, the expansion through the simulator itself gives the true
     gradient ("true") and, from the same trajectories, the score function's ("mfg"); bias is the distance of the means,
-    less what the finite number of draws contributes. dr then has these trajectories too, not the buffer's.
+    less what the finite number of draws contributes. dr then has these trajectories too, not the buffer's. The end of
+    an episode is a step without derivative in the simulator: "true" does not see it, "mfg" does.
     """
     rows = []
     for h in (h for h in HORIZONS if h <= len(buffer)):
@@ -505,25 +506,9 @@ def atomic_save(thing, path: Path):
 
 def check(args: Args):
     """One line for every argument that cannot work."""
-    positive = (
-        "num_envs",
-        "total_timesteps",
-        "batch_size",
-        "learning_starts",
-        "model_updates",
-        "policy_frequency",
-        "dr_recent",
-    )
-    positive += (
-        "buffer_size",
-        "probe_batch",
-        "num_threads",
-        "eval_episodes",
-        "log_every",
-        "save_every",
-        "power_iterations",
-    )
-    for name, least in (*((n, 1) for n in positive), ("unroll", 0), ("model_warmup", 0), ("probe_draws", 2)):
+    positive = "num_envs total_timesteps batch_size learning_starts model_updates policy_frequency power_iterations "
+    positive += "dr_recent buffer_size probe_batch num_threads eval_episodes log_every save_every"
+    for name, least in (*((n, 1) for n in positive.split()), ("unroll", 0), ("model_warmup", 0), ("probe_draws", 2)):
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
     rates = ("actor_learning_rate", "critic_learning_rate", "model_learning_rate", "max_grad_norm", "update_ratio")
@@ -785,7 +770,7 @@ if __name__ == "__main__":
                 temperature_optimizer.step()
             seen["actor_s"].append(time.perf_counter() - tick)
             if len(seen["actor_s"]) % 20 == 1:
-                numbers = [policy_loss, value_loss, value.mean(), *losses, entropy]
+                numbers = [policy_loss, value_loss, target.mean(), *losses, entropy]
                 names = "policy_loss,value_loss,q_value,state_loss,reward_loss,termination_loss,entropy".split(",")
                 for name, x in zip(names, numbers):
                     seen[name].append(float(x.detach()))
