@@ -58,7 +58,9 @@ def growth(hs, variance) -> float:
 
 def draw_variance(found: dict):
     envs = sorted({env for env, variant in found if (env, "lab-no-sn") in found and (env, "lab") in found})
-    figure, axes = plt.subplots(1, max(1, len(envs)), figsize=(4.6 * max(1, len(envs)), 3.6), squeeze=False)
+    if not envs:
+        return
+    figure, axes = plt.subplots(1, len(envs), figsize=(4.6 * len(envs), 3.6), squeeze=False)
     for axis, env in zip(axes[0], envs):
         for i, name in enumerate(("dp", "dr", "lr")):
             for variant, style, label in (("lab", "-", ""), ("lab-no-sn", "--", ", no SN")):
@@ -75,7 +77,9 @@ def draw_variance(found: dict):
 
 def draw_bias(found: dict):
     tables = {key: t for key, t in found.items() if any("bias" in x for x in t.values())}
-    figure, axes = plt.subplots(2, max(1, len(tables)), figsize=(4.6 * max(1, len(tables)), 6.4), squeeze=False)
+    if not tables:
+        return
+    figure, axes = plt.subplots(2, len(tables), figsize=(4.6 * len(tables), 6.4), squeeze=False)
     for column, ((env, variant), table) in zip(axes.T, sorted(tables.items())):
         for axis, key in zip(column, ("bias", "deviation")):
             for i, name in enumerate(NAMES):
