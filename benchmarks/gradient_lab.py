@@ -84,10 +84,11 @@ def draw_bias(found: dict):
         for axis, key in zip(column, ("bias", "deviation")):
             for i, name in enumerate(NAMES):
                 hs, values = curve(table, name, key)
-                if key == "deviation" or name not in ("true", "mfg"):
+                if key == "deviation" or name in ("dp", "dr"):  # of the score functions it is not resolved
                     axis.plot(hs, values, color=f"C{i}", marker="o", ms=3, label=NAMES[name])
             title = env + (", no spectral norm" if "no-sn" in variant else "")
-            axis.set(title=title, xlabel="h", xscale="log", yscale="log", xticks=hs, xticklabels=hs)
+            axis.set(title=title, xlabel="h", xscale="log", yscale="log" if key == "deviation" else "linear")
+            axis.set(xticks=hs, xticklabels=hs)
             axis.minorticks_off()
     for axis, label in zip(axes[:, 0], ("bias", "standard deviation of a draw")):
         axis.set_ylabel(f"{label} / true gradient")
