@@ -60,7 +60,10 @@ def draw(title: str, scripts: dict, labels: dict, path: Path):
 if __name__ == "__main__":
     for env in sys.argv[1:] or sorted({p.stem.split("__")[0] for p in RESULTS.glob("*__*__*.csv")}):
         found = runs(env)
-        for labels, suffix, title in ((LABELS, "", env), (ON_MUJOCO, "_mujoco", f"{env} on MuJoCo's physics")):
+        for labels, suffix, title in (
+            (LABELS | {"rp_pgm_mb": "RP-PGM"}, "", env),
+            (ON_MUJOCO, "_mujoco", f"{env} on MuJoCo's physics"),
+        ):
             scripts = {script: found[script] for script in labels if script in found}
             if scripts:
                 draw(title, scripts, labels, RESULTS / f"{env}{suffix}.png")
