@@ -410,6 +410,16 @@ def score_surrogate(actor, critic, visited: list, alpha: float):
     return surrogate
 
 
+def truncated_weights(log_ratio, ended):
+    """(B,), of mean 1: probability of a segment's actions under the policy by that when recorded, at most 1.
+
+    Both arguments are (h, B); actions after the segment's episode ended are another episode's and do not count.
+    """
+    running = torch.cat([torch.ones_like(ended[:1]), ~ended[:-1]]).cumprod(0)
+    weight = torch.where(running > 0, log_ratio, 0.0).sum(0).clamp(max=0.0).exp()
+    return weight / weight.mean().clamp_min(1e-3)
+
+
 def objective(gradient: str, actor, model, critic, segment: dict, noise, gamma: float, alpha: float):
     """What the policy's gradient is the derivative of, (B,), and the mean entropy.
 
@@ -755,8 +765,7 @@ if __name__ == "__main__":
                 if gradient == "dr":
                     with torch.no_grad():
                         log_ratio = actor.log_prob(segment["z"], segment["u"]) - segment["log_prob"]
-                        weight = log_ratio.sum(0).clamp(max=0.0).exp()
-                        weight = weight / weight.mean().clamp_min(1e-3)
+                        weight = truncated_weights(log_ratio, segment["terminated"] | segment["truncated"])
                 policy_loss = -(weight * value).mean()
                 actor_optimizer.zero_grad()
                 policy_loss.backward()
@@ -764,10 +773,10 @@ if __name__ == "__main__":
             if np.isfinite(norm_before):
                 actor_optimizer.step()
                 follow_spectral_norm(actor.net)
-            if args.learn_entropy_coef:
-                temperature_optimizer.zero_grad()
-                (temperature[0].exp() * (entropy.detach() + act_dim)).backward()
-                temperature_optimizer.step()
+                if args.learn_entropy_coef:
+                    temperature_optimizer.zero_grad()
+                    (temperature[0].exp() * (entropy.detach() + act_dim)).backward()
+                    temperature_optimizer.step()
             seen["actor_s"].append(time.perf_counter() - tick)
             if len(seen["actor_s"]) % 20 == 1:
                 numbers = [policy_loss, value_loss, target.mean(), *losses, entropy]
@@ -798,8 +807,11 @@ if __name__ == "__main__":
             wall = elapsed_before + time.time() - START
             row |= dict(iteration=iteration, global_step=global_step, wall_time_s=round(wall, 3))
             row |= dict(SPS=int(global_step / wall), entropy_coef=float(temperature[0].detach().exp()))
-            row |= {k: round(sum(x), 3) if k.endswith("_s") else float(np.mean(x)) for k, x in seen.items()}
+            row |= {k: float(np.mean(x)) for k, x in seen.items()}
+            row |= {k: round(sum(x), 3) for k, x in seen.items() if k.endswith("_s") or k == "nonfinite_grads"}
             seen.clear()
+            if row["nonfinite_grads"]:
+                print(f"{row['nonfinite_grads']:.0f} non-finite policy gradients, updates skipped", file=sys.stderr)
             if recent:
                 row["episodic_return"], row["episodic_length"] = (float(x) for x in np.mean(recent, 0))
             files["metrics"].writerow(row)
