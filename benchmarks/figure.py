@@ -1,7 +1,7 @@
 """Learning curves from the committed CSVs: python benchmarks/figure.py -> results/<env>.png and <env>_mujoco.png
 
 One figure a task and engine: return while training against environment steps and wall-clock, mean and range of the
-seeds for every script; and the gradient norms before clipping.
+seeds for every script; and the gradient norms before clipping. ablation.png: the variants of RPO on Ant.
 """
 
 import csv
@@ -57,7 +57,30 @@ def draw(title: str, scripts: dict, labels: dict, path: Path):
     plt.close(figure)
 
 
+def draw_ablation(path: Path):
+    """What each part of RPO does on Ant within 1M steps: return and KL(old || new)."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for script, seeds in sorted(runs("ant").items()):
+        if script.startswith("rpo_diffsim-1M"):
+            label = script.removeprefix("rpo_diffsim-1M").replace("-", " ").strip() or "defaults"
+            for axis, key in zip(axes, ("episodic_return", "approx_kl")):
+                steps = column(seeds[0], "global_step") / 1e6
+                ys = np.stack([np.interp(steps, column(r, "global_step") / 1e6, column(r, key)) for r in seeds])
+                line = axis.plot(steps, ys.mean(0), label=f"{label} ({len(seeds)} seeds)", lw=1)
+                axis.fill_between(steps, ys.min(0), ys.max(0), color=line[0].get_color(), alpha=0.2, lw=0)
+    for axis, label in zip(axes, ("return while training", "KL(old || new) after the epochs")):
+        axis.set(xlabel="million environment steps", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_title("RPO on ant")
+    axes[0].legend(loc="lower right", fontsize=8)
+    axes[1].set(yscale="log", ylim=(1e-3, None))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
+    draw_ablation(RESULTS / "ablation.png")
     for env in sys.argv[1:] or sorted({p.stem.split("__")[0] for p in RESULTS.glob("*__*__*.csv")}):
         found = runs(env)
         for labels, suffix, title in (

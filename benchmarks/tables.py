@@ -66,6 +66,67 @@ def learning() -> str:
     return markdown([*header, "past a stop, rad: diffsim, MuJoCo", "into the ground, cm: diffsim, MuJoCo"], rows)
 
 
+# Published returns of SHAC on other bodies: cartpole and humanoid from its paper (arXiv 2204.07137), hopper and anymal
+# from the repository of AHAC (arXiv 2405.17784).
+MARKS = {"cartpole": -500, "hopper": 4800, "humanoid": 7950, "anymal": 15000}
+
+
+def budgets() -> str:
+    """SHAC with the papers' numbers of steps."""
+    rows, played = [], replays()
+    for env in MARKS:
+        found = runs(env)
+        script = next((s for s in ("shac-4M", "shac-12M", "shac-16M") if s in found), "shac")
+        names = [f"{env}__{script}__{n}" for n in range(1, 10)]
+        hard = [float(played[n, "mujoco"]["return_mean"]) for n in names if (n, "mujoco") in played]
+        rows.append([env, *outcome(found[script]), spread(hard), f"{MARKS[env]:,}"])
+    header = ["task", "steps", "seeds", "return: median [min, max]", "minutes", "the same policies on MuJoCo"]
+    return markdown([*header, "published, other body"], rows)
+
+
+def engines() -> str:
+    """PPO's policies trained on one engine and played on the other: no gradient involved."""
+    rows, played = [], replays()
+    for env in (env for env in tasks() if "-v" not in env):
+        row = [env]
+        for script, home, away in (("", "diffsim", "mujoco"), ("-mujoco", "mujoco", "diffsim")):
+            names = [f"{env}__ppo_baseline{script}__{n}" for n in range(1, 10)]
+            pairs = [
+                [float(played[name, engine]["return_mean"]) for engine in (home, away)]
+                for name in names
+                if (name, home) in played
+            ]
+            if not pairs:
+                row += [""] * 3
+                continue
+            at_home, abroad = zip(*pairs)
+            row += [spread(at_home), spread(abroad), f"{np.median(abroad) / np.median(at_home):.2f}"]
+        rows.append(row)
+    header = ["task", "trained in diffsim: return there", "on MuJoCo", "ratio"]
+    return markdown([*header, "trained on MuJoCo: return there", "in diffsim", "ratio"], rows)
+
+
+def equal_time() -> str:
+    """PPO's return while training after as many minutes as the median run of SHAC and RPO takes."""
+    rows = []
+    for env in (env for env in tasks() if "-v" not in env):
+        found, row = runs(env), [env]
+        for script in ("shac", "rpo_diffsim"):
+            if script not in found:
+                row += [""] * 3
+                continue
+            minutes = np.median([column(s, "wall_time_s")[-1] for s in found[script]]) / 60
+            final = [np.nanmean(column(s, "episodic_return")[-5:]) for s in found[script]]
+            ppo = [
+                np.interp(60 * minutes, column(s, "wall_time_s"), column(s, "episodic_return"))
+                for s in found["ppo_baseline"]
+            ]
+            row += [f"{minutes:.1f}", spread(final), spread(ppo)]
+        rows.append(row)
+    header = ["task", "SHAC's minutes", "SHAC", "PPO in that time", "RPO's minutes", "RPO", "PPO in that time"]
+    return markdown(header, rows)
+
+
 def mujoco() -> str:
     rows, played = [], replays()
     for env in tasks():
@@ -219,6 +280,9 @@ TABLES = dict(
     model=model_based,
     variance=growth_of_variance,
     bias=bias,
+    budgets=budgets,
+    engines=engines,
+    equal_time=equal_time,
     overtaking=overtaking,
     mujoco=mujoco,
     mismatch=mismatch,
