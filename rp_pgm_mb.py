@@ -86,6 +86,8 @@ class Args:
     """learning rate of the critics (the paper: 1e-4)"""
     model_learning_rate: float = 1e-3
     """learning rate of the model"""
+    anneal_lr: bool = False
+    """let the learning rates of policy, temperature and critic fall linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients of model and policy are scaled down to this norm"""
     gamma: float = 0.99
@@ -714,6 +716,11 @@ if __name__ == "__main__":
             model.reward.copy_(torch.cat([rewards.mean, rewards.var.sqrt() + 1e-6]))
         while owed >= 1:
             owed -= 1
+            if args.anneal_lr:
+                frac = 1 - iteration / num_iterations
+                critic_optimizer.param_groups[0]["lr"] = frac * args.critic_learning_rate
+                for optimizer in (actor_optimizer, temperature_optimizer):
+                    optimizer.param_groups[0]["lr"] = frac * args.actor_learning_rate
             # --- model: one-step predictions --------------------------------------------------------------
             tick = time.perf_counter()
             model.requires_grad_(True)
