@@ -111,10 +111,13 @@ class Args:
     """record the final policy as video.mp4 in the run folder (diffsim's tasks)"""
 
 
-# What differs from Args for a task; flags on the command line win. A Gymnasium id has CleanRL's settings for MuJoCo.
+# What differs from Args for a task; flags on the command line win. Networks are SHAC's paper's; 8M steps last as long as
+# a run of rpo_diffsim.py does. A Gymnasium id has CleanRL's settings for MuJoCo.
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64)),
-    "humanoid": dict(actor_hidden=(256, 128), critic_hidden=(128, 128)),
+    "hopper": dict(total_timesteps=8_000_000),
+    "anymal": dict(total_timesteps=8_000_000),
+    "humanoid": dict(total_timesteps=8_000_000, actor_hidden=(256, 128), critic_hidden=(128, 128)),
     "gymnasium": dict(
         total_timesteps=1_000_000, num_envs=1, num_steps=2048, learning_rate=3e-4, num_minibatches=32,
         update_epochs=10, actor_hidden=(64, 64), activation="tanh", log_std_init=0.0, eval_episodes=10,
