@@ -111,8 +111,8 @@ class Args:
     """record the final policy as video.mp4 in the run folder (diffsim's tasks)"""
 
 
-# What differs from Args for a task; flags on the command line win. Networks are SHAC's paper's; 8M steps last as long as
-# a run of rpo_diffsim.py does. A Gymnasium id has CleanRL's settings for MuJoCo.
+# What differs from Args for a task; flags on the command line win. Networks are SHAC's paper's; 8M steps last as long
+# as a run of rpo_diffsim.py. A Gymnasium id has CleanRL's settings for MuJoCo.
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64)),
     "hopper": dict(total_timesteps=8_000_000),
