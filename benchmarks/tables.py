@@ -1,4 +1,4 @@
-"""Write the README's tables from the committed CSVs: python benchmarks/tables.py
+"""Write the tables of both READMEs from the committed CSVs: python benchmarks/tables.py
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from figure import LABELS, ON_MUJOCO, RESULTS, column, runs
 from gradient_lab import NAMES, curve, growth, probes
 
-README = Path(__file__).parents[1] / "README.md"
+READMES = [Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"]
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -292,9 +292,10 @@ TABLES = dict(
 )
 
 if __name__ == "__main__":
-    text = README.read_text()
-    for name, table in TABLES.items():
-        block = re.compile(f"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
-        if block.search(text):
-            text = block.sub(lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text)
-    README.write_text(text)
+    for readme in READMES:
+        text = readme.read_text()
+        for name, table in TABLES.items():
+            block = re.compile(f"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
+            if block.search(text):
+                text = block.sub(lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text)
+        readme.write_text(text)
