@@ -74,10 +74,10 @@ def replay(run: Path, name: str) -> list[list]:
     code = (
         "import sys, json, torch; torch.set_num_threads(1)\n"
         "from diffsim.gymnasium_env import is_gymnasium_id\n"
-        "from diffsim.play import load_policy, playback_env, rollout\n"
+        "from diffsim.play import load_policy, playback_env, policy_obs_dim, rollout\n"
         "policy, env = load_policy(sys.argv[1])\n"
         "for physics in ('gymnasium',) if is_gymnasium_id(env) else ('diffsim', 'mujoco'):\n"
-        "    r = rollout(playback_env(env, 10, physics), policy, 10)\n"
+        "    r = rollout(playback_env(env, 10, physics, policy_obs_dim(policy)), policy, 10)\n"
         f"    known = [r[k] if k in r else r['return'] * float('nan') for k in {KEYS}]\n"
         "    print(json.dumps([physics, *(float(f) for x in known for f in (x.mean(), x.std(), x.max()))]))"
     )

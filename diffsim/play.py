@@ -53,13 +53,18 @@ def policy_obs_dim(policy: torch.nn.Module) -> int:
     return next(b.shape[0] for name, b in policy.named_buffers() if name.endswith("normalizer.mean"))
 
 
-def playback_env(name: str, episodes: int, physics: str = "diffsim"):
-    """Environments for at least that many episodes: a batch that is compiled already (training left one), or eager."""
+def playback_env(name: str, episodes: int, physics: str = "diffsim", obs_dim: int | None = None):
+    """Environments for at least that many episodes: a batch that is compiled already (training left one), or eager.
+
+    On Gymnasium, that with obs_dim observations: its own, or what diffsim's task of the same name leaves of them.
+    """
     if physics == "gymnasium":
         if not is_gymnasium_id(name):
             raise ValueError(f"{name} is no Gymnasium environment; --physics diffsim or mujoco")
-        twin = diffsim.TASKS.get(name)
-        return GymnasiumEnv(name, episodes, **(twin.gymnasium_kwargs if twin else {}))
+        env, twin = GymnasiumEnv(name, episodes), diffsim.TASKS.get(name)
+        if twin and obs_dim is not None and env.single_observation_space.shape[0] != obs_dim:
+            env = GymnasiumEnv(name, episodes, **twin.gymnasium_kwargs)
+        return env
     env = diffsim.make(name, episodes, physics=physics, compile=False)
     if physics == "diffsim":
         ready = [n for n in compiled_batches(env.model) if n >= episodes]
@@ -126,8 +131,9 @@ def _rollout_gymnasium(env: GymnasiumEnv, policy, episodes: int, seed: int) -> d
 
 def record(env_name: str, policy_path, video: str, physics: str = "diffsim"):
     """Render one episode of a saved policy."""
-    env = playback_env(env_name, 1, physics)
-    qpos = rollout(env, load_policy(policy_path)[0], 1)["qpos"]
+    policy, _ = load_policy(policy_path)
+    env = playback_env(env_name, 1, physics, policy_obs_dim(policy))
+    qpos = rollout(env, policy, 1)["qpos"]
     render(env.model.mj_model, qpos, env.control_dt, str(video))
 
 
@@ -136,8 +142,9 @@ def main():
     try:
         policy, name = load_policy(args.policy)
         physics = args.physics or ("gymnasium" if is_gymnasium_id(name) else "diffsim")
-        env = playback_env(name, args.episodes, physics)
-        wanted, given = policy_obs_dim(policy), env.single_observation_space.shape[0]
+        wanted = policy_obs_dim(policy)
+        env = playback_env(name, args.episodes, physics, wanted)
+        given = env.single_observation_space.shape[0]
         if wanted != given:
             raise ValueError(f"the policy wants {wanted} observations, {name} on {physics} has {given}")
         result = rollout(env, policy, args.episodes, args.seed)

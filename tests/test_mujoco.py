@@ -8,6 +8,7 @@ import torch
 
 import diffsim
 from diffsim.mujoco_physics import Follow, jacobian_cosine
+from diffsim.play import playback_env
 from tests.test_shac import TINY, rows, shac
 
 
@@ -160,3 +161,8 @@ def test_a_twins_gradient_is_finite(name):
     total = sum(env.step(action)[1].sum() for _ in range(4))
     (gradient,) = torch.autograd.grad(total, action)
     assert torch.isfinite(gradient).all() and gradient.norm() > 0
+
+
+def test_playback_on_gymnasium_has_the_observations_the_policy_was_trained_on():
+    for obs_dim in (27, 105):  # Ant without and with contact forces: diffsim's task, and Gymnasium's own
+        assert playback_env("Ant-v5", 1, "gymnasium", obs_dim).single_observation_space.shape == (obs_dim,)
