@@ -44,6 +44,11 @@ def outcome(seeds) -> list[str]:
     return [f"{column(seeds[0], 'global_step')[-1] / 1e6:.1f}M", len(seeds), spread(final), f"{np.median(wall):.1f}"]
 
 
+def worst(key: str, scale: float, digits: str, *engines) -> str:
+    """Largest value in the replays of each engine"""
+    return ", ".join(f"{scale * max(float(r[key]) for r in e):{digits}}" for e in engines if e)
+
+
 def learning() -> str:
     rows, played = [], replays()
     for env in tasks():
@@ -53,14 +58,10 @@ def learning() -> str:
                 [played[k] for n in range(1, 10) if (k := (f"{env}__{script}__{n}", physics)) in played]
                 for physics in ("diffsim", "mujoco")
             )
-
-            def worst(key, scale, digits, engines=(soft, hard)):
-                return ", ".join(f"{scale * max(float(r[key]) for r in e):{digits}}" for e in engines if e)
-
             rows.append([
                 env, LABELS[script], *outcome(found[script]),
                 spread([float(r["return_mean"]) for r in hard]) if hard else "",
-                worst("limit_violation_max", 1, ".2f"), worst("penetration_max", 100, ".1f"),
+                worst("limit_violation_max", 1, ".2f", soft, hard), worst("penetration_max", 100, ".1f", soft, hard),
             ])  # fmt: skip
     header = ["task", "", "steps", "seeds", "return: median [min, max]", "minutes", "the same policies on MuJoCo"]
     return markdown([*header, "past a stop, rad: diffsim, MuJoCo", "into the ground, cm: diffsim, MuJoCo"], rows)
@@ -77,11 +78,23 @@ def budgets() -> str:
     for env in MARKS:
         found = runs(env)
         script = next((s for s in ("shac-4M", "shac-12M", "shac-16M") if s in found), "shac")
-        names = [f"{env}__{script}__{n}" for n in range(1, 10)]
-        hard = [float(played[n, "mujoco"]["return_mean"]) for n in names if (n, "mujoco") in played]
-        rows.append([env, *outcome(found[script]), spread(hard), f"{MARKS[env]:,}"])
-    header = ["task", "steps", "seeds", "return: median [min, max]", "minutes", "the same policies on MuJoCo"]
-    return markdown([*header, "published, other body"], rows)
+        soft, hard = (
+            [played[k] for n in range(1, 10) if (k := (f"{env}__{script}__{n}", physics)) in played]
+            for physics in ("diffsim", "mujoco")
+        )
+        rows.append([
+            env, *outcome(found[script]), f"{MARKS[env]:,}",
+            spread([float(r["speed_mean"]) for r in soft], 1) if env != "cartpole" else "",
+            spread([float(r["return_mean"]) for r in hard]),
+            worst("limit_violation_max", 1, ".2f", soft, hard), worst("penetration_max", 100, ".1f", soft, hard),
+        ])  # fmt: skip
+    header = ["task", "steps", "seeds", "return: median [min, max]", "minutes", "published, other body", "speed, m/s"]
+    header += [
+        "the same policies on MuJoCo",
+        "past a stop, rad: diffsim, MuJoCo",
+        "into the ground, cm: diffsim, MuJoCo",
+    ]
+    return markdown(header, rows)
 
 
 def engines() -> str:

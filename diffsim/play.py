@@ -75,8 +75,9 @@ def playback_env(name: str, episodes: int, physics: str = "diffsim", obs_dim: in
 @torch.no_grad()
 def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     """First episode of the first `episodes` environments. Returns per episode: return, length, speed (m/s along x),
-    limit_violation (rad or m past a joint's stop), penetration (m of a geom into the ground), and the qpos of
-    environment 0 (T, nq). Of a Gymnasium environment: return, length and, where it runs on MuJoCo, qpos."""
+    limit_violation (rad or m past a joint's stop), penetration (m of a geom into the ground), saturation (share of the
+    actions beyond 95 % of their bound), and the qpos of environment 0 (T, nq). Of a Gymnasium environment: return,
+    length and, where it runs on MuJoCo, qpos."""
     if isinstance(env, GymnasiumEnv):
         return _rollout_gymnasium(env, policy, episodes, seed)
     free = env.model.without_margins()
@@ -84,15 +85,17 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     batch, m = env.num_envs, env.model.mj_model
     running = torch.ones(batch, dtype=torch.bool)
     total, length = torch.zeros(batch), torch.zeros(batch)
-    violation, depth = torch.zeros(batch), torch.zeros(batch)
+    violation, depth, saturated = torch.zeros(batch), torch.zeros(batch), torch.zeros(batch)
     start, end = env.qpos[0].clone(), env.qpos[0].clone()
     limited = np.flatnonzero(m.jnt_limited & (m.jnt_type >= 2))
     rows = torch.as_tensor(m.jnt_qposadr[limited], dtype=torch.long)
     low, high = (torch.as_tensor(m.jnt_range[limited, i], dtype=env.dtype)[:, None] for i in (0, 1))
     frames = [env.qpos[:, 0].numpy().copy()]
     for _ in range(env.max_episode_steps):
-        obs, reward, terminated, truncated, info = env.step(policy(obs))
+        action = policy(obs)
+        obs, reward, terminated, truncated, info = env.step(action)
         total += torch.where(running, reward, 0.0)
+        saturated += torch.where(running, (action.abs() > 0.95).float().mean(-1), 0.0)
         length += running
         going = running & ~(terminated | truncated)  # the rest has been reset, its state is a new episode's
         q = env.qpos
@@ -108,7 +111,7 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
             frames.append(q[:, 0].numpy().copy())
         if not running[:episodes].any():
             break
-    values = dict(length=length, speed=(end - start) / (length * env.control_dt))
+    values = dict(length=length, speed=(end - start) / (length * env.control_dt), saturation=saturated / length)
     values |= {"return": total, "limit_violation": violation, "penetration": depth}
     return {**{k: v[:episodes].numpy() for k, v in values.items()}, "qpos": np.stack(frames)}
 
@@ -151,6 +154,7 @@ def main():
         print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy")
         for key, unit in (
             ("return", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"), ("penetration", "m"),
+            ("saturation", ""),
         ):  # fmt: skip
             x = result.get(key)
             if x is None:
