@@ -117,7 +117,9 @@ DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64)),
     "hopper": dict(total_timesteps=8_000_000),
     "anymal": dict(total_timesteps=8_000_000),
-    "humanoid": dict(total_timesteps=8_000_000, actor_hidden=(256, 128), critic_hidden=(128, 128)),
+    "humanoid": dict(  # with less noise it learns to stand, and not to run
+        total_timesteps=8_000_000, log_std_init=-0.5, actor_hidden=(256, 128), critic_hidden=(128, 128),
+    ),
     "gymnasium": dict(
         total_timesteps=1_000_000, num_envs=1, num_steps=2048, learning_rate=3e-4, num_minibatches=32,
         update_epochs=10, actor_hidden=(64, 64), activation="tanh", log_std_init=0.0, eval_episodes=10,
