@@ -85,7 +85,7 @@ class Args:
     """hidden layers of the critic"""
     activation: Literal["elu", "silu", "tanh"] = "elu"
     """activation of policy and critic; elu and silu are followed by LayerNorm"""
-    log_std_init: float = -1.0
+    log_std_init: float = -0.5
     """initial log standard deviation of the policy's noise"""
     device: str = "cpu"
     """cpu or cuda"""
@@ -117,9 +117,7 @@ DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64)),
     "hopper": dict(total_timesteps=8_000_000),
     "anymal": dict(total_timesteps=8_000_000),
-    "humanoid": dict(  # with less noise it learns to stand, and not to run
-        total_timesteps=8_000_000, log_std_init=-0.5, actor_hidden=(256, 128), critic_hidden=(128, 128),
-    ),
+    "humanoid": dict(total_timesteps=8_000_000, actor_hidden=(256, 128), critic_hidden=(128, 128)),
     "gymnasium": dict(
         total_timesteps=1_000_000, num_envs=1, num_steps=2048, learning_rate=3e-4, num_minibatches=32,
         update_epochs=10, actor_hidden=(64, 64), activation="tanh", log_std_init=0.0, eval_episodes=10,
