@@ -114,7 +114,7 @@ class Args:
 # What differs from Args for a task; flags on the command line win. Networks are SHAC's paper's; 8M steps last as long
 # as a run of rpo_diffsim.py. A Gymnasium id has CleanRL's settings for MuJoCo.
 DEFAULTS = {
-    "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64)),
+    "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), log_std_init=-1.0),  # to balance
     "hopper": dict(total_timesteps=8_000_000),
     "anymal": dict(total_timesteps=8_000_000),
     "humanoid": dict(total_timesteps=8_000_000, actor_hidden=(256, 128), critic_hidden=(128, 128)),
