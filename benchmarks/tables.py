@@ -67,8 +67,8 @@ def learning() -> str:
     return markdown([*header, "past a stop, rad: diffsim, MuJoCo", "into the ground, cm: diffsim, MuJoCo"], rows)
 
 
-# Published returns of SHAC on other bodies, where we know them: cartpole and humanoid from its paper (arXiv 2204.07137), hopper and anymal
-# from the repository of AHAC (arXiv 2405.17784).
+# Published returns of SHAC on other bodies, as far as known: cartpole and humanoid from its paper (arXiv 2204.07137),
+# hopper and anymal from the repository of AHAC (arXiv 2405.17784).
 MARKS = {"cartpole": -500, "cheetah": None, "hopper": 4800, "humanoid": 7950, "anymal": 15000}
 
 
