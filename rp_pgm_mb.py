@@ -102,6 +102,8 @@ class Args:
     """hidden layers of the policy (the paper: 512 512 512 512)"""
     critic_hidden: tuple[int, ...] = (128, 128)
     """hidden layers of a critic"""
+    critic_layer_norm: bool = False
+    """layer normalisation in the critics (Ball et al. 2023, arXiv 2302.02948)"""
     model_hidden: tuple[int, ...] = (128, 128, 128)
     """hidden layers of the dynamics (the paper: 256 256 256 256 256 256)"""
     outcome_hidden: tuple[int, ...] = (64, 64)
@@ -154,7 +156,7 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
+def mlp(sizes: list[int], args: Args, normalized: range = range(0), layer_norm: bool = False) -> nn.Sequential:
     """Linear layers with activations between; those of the indices `normalized` have a largest singular value of 1."""
     layers: list[nn.Module] = []
     for k, (i, o) in enumerate(zip(sizes[:-1], sizes[1:])):
@@ -162,8 +164,10 @@ def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequen
         nn.init.orthogonal_(linear.weight, 0.01 if k == len(sizes) - 2 else 1.0 if k in normalized else 2**0.5)
         nn.init.zeros_(linear.bias)
         layers.append(spectral_norm(linear, n_power_iterations=args.power_iterations) if k in normalized else linear)
+        if layer_norm:
+            layers.append(nn.LayerNorm(o))
         layers.append(nn.ELU() if args.activation == "elu" else nn.ReLU())
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers[: -2 if layer_norm else -1])
 
 
 def squashed_log_prob(noise, log_std, u):
@@ -219,7 +223,7 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim + act_dim, *args.critic_hidden, 1]
-        self.members = nn.ModuleList(mlp(sizes, args) for _ in range(2))
+        self.members = nn.ModuleList(mlp(sizes, args, layer_norm=args.critic_layer_norm) for _ in range(2))
 
     def forward(self, z, action):
         """(2, ...)"""
