@@ -43,6 +43,10 @@ class Args:
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco"] = "diffsim"
     """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states"""
+    stiffness: float = 2.4
+    """stiffness of diffsim's contacts and joint limits: see diffsim.Softness"""
+    smoothing: float = 1.0
+    """width of their smoothing, as a multiple of the default"""
     seed: int = 1
     """seed of the networks, the noise and the environments"""
     num_envs: int = 256
@@ -312,7 +316,8 @@ def check(args: Args):
     for name in (*positive, "eval_episodes", "save_every"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "max_action_grad_norm"):
+    positive = ("stiffness", "smoothing", "actor_learning_rate", "critic_learning_rate")
+    for name in (*positive, "max_grad_norm", "max_action_grad_norm"):
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
     for name in ("gamma", "gae_lambda", "target_alpha"):
@@ -363,7 +368,10 @@ if __name__ == "__main__":
     torch.set_num_threads(args.num_threads)
     other_physics = "mujoco" if args.physics == "diffsim" else "diffsim"
     num_eval = args.num_envs if args.physics == "diffsim" else args.eval_episodes  # diffsim's is compiled for num_envs
-    make = partial(diffsim.make, args.env, device=args.device, compile=args.compile)
+    softness = diffsim.Softness(stiffness=args.stiffness)
+    for name in ("contact_width", "limit_width"):
+        softness = replace(softness, **{name: getattr(softness, name) * args.smoothing})
+    make = partial(diffsim.make, args.env, device=args.device, compile=args.compile, softness=softness)
     try:
         env = make(args.num_envs, seed=args.seed, physics=args.physics)
         eval_env = make(num_eval, physics=args.physics)
