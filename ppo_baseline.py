@@ -274,6 +274,8 @@ def atomic_save(thing, path: Path):
 
 def check(args: Args):
     """One line for every argument that cannot work."""
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed is {args.seed}; it must be between 0 and 2^32 - 1")
     positive = ("num_envs", "num_steps", "total_timesteps", "num_minibatches", "update_epochs", "num_threads")
     for name in (*positive, "eval_episodes", "save_every"):
         if getattr(args, name) < 1:
@@ -342,6 +344,8 @@ if __name__ == "__main__":
         other_env = make(args, args.eval_episodes, other_physics) if args.eval_physics else None
     except ValueError as e:
         fail(str(e))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted before the first step: nothing to save")
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     batch_size = args.num_envs * args.num_steps
     num_iterations = max(1, args.total_timesteps // batch_size)
@@ -381,7 +385,7 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{run}: {args.env}, {args.num_envs} envs x {args.num_steps} steps, {num_iterations} iterations", flush=True)
     if kind in DEFAULTS:
-        print("for this task:", *(f"{k}={getattr(args, k)}" for k in DEFAULTS[kind]), flush=True)
+        print("for this task:", *(f"{k}={v}" for k, v in DEFAULTS[kind].items() if getattr(args, k) == v), flush=True)
     fields = (
         "iteration,global_step,wall_time_s,SPS,episodic_return,episodic_length,eval_return,eval_return_std,other_return,"
         "policy_loss,value_loss,explained_variance,grad_norm_before_clip,nonfinite_states,entropy,approx_kl,clipfrac,std,"
@@ -533,14 +537,19 @@ if __name__ == "__main__":
             save(iteration + 1)
         if stop:
             end = iteration + 1
-            print(f"\ninterrupted and saved; continue with: python ppo_baseline.py --resume {run}", flush=True)
             break
     metrics_file.close()
     save(end)
     writer.close()
-    if args.capture_video and end == num_iterations:
+    python = os.path.relpath(sys.executable)
+    if end < num_iterations:
+        print(
+            f"{'interrupted and ' * len(stop)}saved; continue with: {python} ppo_baseline.py --resume {run}", flush=True
+        )
+        sys.exit(130 if stop else 0)
+    if args.capture_video:
         from diffsim.play import record
 
         record(args.env, run / "policy.pt2", run / "video.mp4", args.physics)
     physics = "gymnasium" if on_gymnasium else args.physics
-    print(f"done; watch it: python -m diffsim.play {run} --physics {physics} --video video.mp4", flush=True)
+    print(f"done; watch it: {python} -m diffsim.play {run} --physics {physics} --video video.mp4", flush=True)

@@ -102,8 +102,6 @@ class Args:
     """hidden layers of the policy (the paper: 512 512 512 512)"""
     critic_hidden: tuple[int, ...] = (128, 128)
     """hidden layers of a critic"""
-    critic_layer_norm: bool = False
-    """layer normalisation in the critics (Ball et al. 2023, arXiv 2302.02948)"""
     model_hidden: tuple[int, ...] = (128, 128, 128)
     """hidden layers of the dynamics (the paper: 256 256 256 256 256 256)"""
     outcome_hidden: tuple[int, ...] = (64, 64)
@@ -156,7 +154,7 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def mlp(sizes: list[int], args: Args, normalized: range = range(0), layer_norm: bool = False) -> nn.Sequential:
+def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
     """Linear layers with activations between; those of the indices `normalized` have a largest singular value of 1."""
     layers: list[nn.Module] = []
     for k, (i, o) in enumerate(zip(sizes[:-1], sizes[1:])):
@@ -164,10 +162,8 @@ def mlp(sizes: list[int], args: Args, normalized: range = range(0), layer_norm: 
         nn.init.orthogonal_(linear.weight, 0.01 if k == len(sizes) - 2 else 1.0 if k in normalized else 2**0.5)
         nn.init.zeros_(linear.bias)
         layers.append(spectral_norm(linear, n_power_iterations=args.power_iterations) if k in normalized else linear)
-        if layer_norm:
-            layers.append(nn.LayerNorm(o))
         layers.append(nn.ELU() if args.activation == "elu" else nn.ReLU())
-    return nn.Sequential(*layers[: -2 if layer_norm else -1])
+    return nn.Sequential(*layers[:-1])
 
 
 def squashed_log_prob(noise, log_std, u):
@@ -223,7 +219,7 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim + act_dim, *args.critic_hidden, 1]
-        self.members = nn.ModuleList(mlp(sizes, args, layer_norm=args.critic_layer_norm) for _ in range(2))
+        self.members = nn.ModuleList(mlp(sizes, args) for _ in range(2))
 
     def forward(self, z, action):
         """(2, ...)"""
@@ -522,6 +518,8 @@ def atomic_save(thing, path: Path):
 
 def check(args: Args):
     """One line for every argument that cannot work."""
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed is {args.seed}; it must be between 0 and 2^32 - 1")
     positive = "num_envs total_timesteps batch_size learning_starts model_updates policy_frequency power_iterations "
     positive += "dr_recent buffer_size probe_batch num_threads eval_episodes log_every save_every"
     for name, least in (*((n, 1) for n in positive.split()), ("unroll", 0), ("model_warmup", 0), ("probe_draws", 2)):
@@ -590,6 +588,8 @@ if __name__ == "__main__":
         probe_env = make(args, args.probe_batch, physics="diffsim") if args.probe_every and not on_gymnasium else None
     except ValueError as e:
         fail(str(e))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted before the first step: nothing to save")
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     num_iterations = max(1, args.total_timesteps // args.num_envs)
 
@@ -647,7 +647,7 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{run}: {args.env}, {args.num_envs} envs, {num_iterations} iterations", flush=True)
     if defaults and checkpoint is None:
-        print("for this environment:", *(f"{k}={getattr(args, k)}" for k in defaults), flush=True)
+        print("for this environment:", *(f"{k}={v}" for k, v in defaults.items() if getattr(args, k) == v), flush=True)
     fields = (
         "iteration,global_step,wall_time_s,SPS,episodic_return,episodic_length,eval_return,eval_return_std,policy_loss,"
         "value_loss,q_value,state_loss,reward_loss,termination_loss,grad_norm_before_clip,nonfinite_grads,entropy,"
@@ -845,13 +845,16 @@ if __name__ == "__main__":
             save(iteration + 1)
         if stop:
             end = iteration + 1
-            print(f"\ninterrupted and saved; continue with: python rp_pgm_mb.py --resume {run}", flush=True)
             break
     save(end)
     writer.close()
-    if args.capture_video and end == num_iterations:
+    python = os.path.relpath(sys.executable)
+    if end < num_iterations:
+        print(f"{'interrupted and ' * len(stop)}saved; continue with: {python} rp_pgm_mb.py --resume {run}", flush=True)
+        sys.exit(130 if stop else 0)
+    if args.capture_video:
         from diffsim.play import record
 
         record(args.env, run / "policy.pt2", run / "video.mp4", args.physics)
     physics = "gymnasium" if on_gymnasium else args.physics
-    print(f"done; watch it: python -m diffsim.play {run} --physics {physics} --video video.mp4", flush=True)
+    print(f"done; watch it: {python} -m diffsim.play {run} --physics {physics} --video video.mp4", flush=True)

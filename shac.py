@@ -36,6 +36,7 @@ import tyro  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 import diffsim  # noqa: E402
+from diffsim.gymnasium_env import is_gymnasium_id  # noqa: E402
 from diffsim.mujoco_physics import jacobian_cosine  # noqa: E402
 
 
@@ -146,7 +147,8 @@ DEFAULTS = {
     # Untried with SHAC, taken over from rpo_diffsim.py: on MuJoCo's physics the gradient is noisier, so more
     # environments, shorter windows, smaller steps.
     "ant on mujoco": dict(
-        total_timesteps=3_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, eval_episodes=32,
+        total_timesteps=3_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, critic_hidden=(128, 128),
+        eval_episodes=32,
     ),
     "Ant-v5": dict(physics="mujoco", total_timesteps=1_000_000, horizon=4, actor_learning_rate=1e-3, eval_episodes=10),
     "HalfCheetah-v5": dict(
@@ -288,6 +290,8 @@ def atomic_save(thing, path: Path):
 
 def check(args: Args):
     """One line for every argument that cannot work."""
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed is {args.seed}; it must be between 0 and 2^32 - 1")
     positive = (
         "num_envs",
         "horizon",
@@ -360,6 +364,8 @@ if __name__ == "__main__":
         other_env = make(args.eval_episodes, physics=other_physics, compile=False) if args.eval_physics else None
     except ValueError as e:
         fail(str(e))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted before the first step: nothing to save")
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     batch_size = args.num_envs * args.horizon
     num_iterations = max(1, args.total_timesteps // batch_size)
@@ -406,7 +412,7 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{run}: {args.env}, {args.num_envs} envs x {args.horizon} steps, {num_iterations} iterations", flush=True)
     if defaults and checkpoint is None:
-        print("for this task:", *(f"{k}={getattr(args, k)}" for k in defaults), flush=True)
+        print("for this task:", *(f"{k}={v}" for k, v in defaults.items() if getattr(args, k) == v), flush=True)
     fields = (
         "iteration,global_step,wall_time_s,SPS,episodic_return,episodic_length,eval_return,eval_return_std,other_return,"
         "policy_loss,value_loss,grad_norm_before_clip,grad_norm_after_clip,nonfinite_grads,nonfinite_states,"
@@ -576,13 +582,17 @@ if __name__ == "__main__":
             save(iteration + 1)
         if stop:
             end = iteration + 1
-            print(f"\ninterrupted and saved; continue with: python shac.py --resume {run}", flush=True)
             break
     metrics_file.close()
     save(end)
     writer.close()
-    if args.capture_video and end == num_iterations:
+    python = os.path.relpath(sys.executable)
+    if end < num_iterations:
+        print(f"{'interrupted and ' * len(stop)}saved; continue with: {python} shac.py --resume {run}", flush=True)
+        sys.exit(130 if stop else 0)
+    if args.capture_video:
         from diffsim.play import record
 
         record(args.env, run / "policy.pt2", run / "video.mp4", args.physics)
-    print(f"done; watch it: python -m diffsim.play {run} --physics {args.physics} --video video.mp4", flush=True)
+    physics = "gymnasium" if is_gymnasium_id(args.env) else args.physics
+    print(f"done; watch it: {python} -m diffsim.play {run} --physics {physics} --video video.mp4", flush=True)

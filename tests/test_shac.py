@@ -151,7 +151,7 @@ def test_ctrl_c_saves_and_can_be_resumed(tmp_path):
             break
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "interrupted and saved; continue with" in out
+    assert process.returncode == 130 and "interrupted and saved; continue with" in out and "done" not in out
     run = next(tmp_path.iterdir())
     done = torch.load(run / "checkpoint.pt", weights_only=True)["iteration"]
     assert len(rows(tmp_path)) == done and (run / "policy.pt2").exists()

@@ -28,7 +28,10 @@ def find_task(name: str) -> Task:
     file, _, cls = name.rpartition(":")
     if not file:
         if name not in TASKS:
-            raise ValueError(f"unknown env '{name}'; there is {', '.join(TASKS)}, or path/to/my_task.py:MyTask")
+            raise ValueError(
+                f"unknown env '{name}'; there is {', '.join(TASKS)}, or path/to/my_task.py:MyTask "
+                "(ppo_baseline.py and rp_pgm_mb.py: or the id of a Gymnasium environment)"
+            )
         return TASKS[name]()
     if not Path(file).is_file():
         raise ValueError(f"env '{name}': no file {file}")
