@@ -101,6 +101,13 @@ class Step(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def _check_rows(**arrays: tuple[Tensor, int]):
+    """One line for an array that is not (rows, environments)."""
+    for name, (x, rows) in arrays.items():
+        if x.dim() != 2 or x.shape[0] != rows:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({rows}, environments)")
+
+
 def actuator_force(model: Model, ctrl: Tensor) -> Tensor:
     """Joint forces (nv, B) of the actuators at controls (nu, B), clipped to ctrlrange (no gradient outside)."""
     return model.gear @ torch.clamp(ctrl, model.ctrl_low, model.ctrl_high) + model.bias
@@ -108,6 +115,7 @@ def actuator_force(model: Model, ctrl: Tensor) -> Tensor:
 
 def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
     """One substep of model.timestep: (nq, B), (nv, B), (nu, B) -> qpos, qvel. Differentiable in all three."""
+    _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv), ctrl=(ctrl, model.nu))
 
     def forward(q, v, f):
         return forward_substep(model, q, v, f)
@@ -136,6 +144,7 @@ def _project(model: Model, frames: list[Frame], wrenches: list[Spatial | None]) 
 
 def mass_matrix(model: Model, qpos: Tensor) -> Tensor:
     """Joint-space inertia (nv, nv, B) of a qpos (nq, B), armature included, contacts and damping not."""
+    _check_rows(qpos=(qpos, model.nq))
     nv, batch = model.nv, qpos.shape[1]
     qpos = qpos.repeat_interleave(nv, 1)
     unit = torch.eye(nv, device=qpos.device, dtype=qpos.dtype).repeat(1, batch)  # (nv, batch * nv)
@@ -151,6 +160,7 @@ def mass_matrix(model: Model, qpos: Tensor) -> Tensor:
 
 def bias_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
     """Coriolis, centrifugal and gravity forces (nv, B): MuJoCo's qfrc_bias."""
+    _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
     frames = forward_kinematics(model, qpos)
     nothing = torch.zeros_like(qvel)
     wrenches = []
@@ -162,6 +172,7 @@ def bias_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
 
 def contact_points(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, Tensor]:
     """Gap (ncontact, B) in m, negative inside, and world force (3, ncontact, B) in N, of `model.contact_names`."""
+    _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
     frames = forward_kinematics(model, qpos)
     gaps, forces = [None] * len(model.contact_names), [None] * len(model.contact_names)
     for g, frame, v in zip(model.groups, frames, twists(model, frames, qvel)):

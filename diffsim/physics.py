@@ -99,10 +99,14 @@ def load_or_build(model: Model, num_envs: int):
                 environment["PYTHONPATH"] = os.pathsep.join(
                     [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
                 )
-                child = subprocess.Popen([*command, str(paths["backward"])], env=environment)
-            _build(model, num_envs, missing[0], paths[missing[0]])
-            if child is not None and child.wait():
-                raise RuntimeError("compiling the physics failed (see above); --no-compile runs without")
+                child = subprocess.Popen([*command, str(paths["backward"])], env=environment, start_new_session=True)
+            try:
+                _build(model, num_envs, missing[0], paths[missing[0]])
+                if child is not None and child.wait():
+                    raise RuntimeError("compiling the physics failed (see above); --no-compile runs without")
+            finally:  # Ctrl-C reaches this process only: the child prints no traceback
+                if child is not None:
+                    child.terminate()
         print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     return [_load(paths[kind]) for kind in KINDS]
 

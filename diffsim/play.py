@@ -15,7 +15,7 @@ import diffsim
 from diffsim.dynamics import contact_points
 from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
 from diffsim.physics import compiled_batches
-from diffsim.render import render
+from diffsim.render import check_path, render
 
 
 @dataclass
@@ -65,11 +65,22 @@ def playback_env(name: str, episodes: int, physics: str = "diffsim", obs_dim: in
         if twin and obs_dim is not None and env.single_observation_space.shape[0] != obs_dim:
             env = GymnasiumEnv(name, episodes, **twin.gymnasium_kwargs)
         return env
+    if is_gymnasium_id(name) and name not in diffsim.TASKS:
+        raise ValueError(f"{name} is Gymnasium's alone; --physics gymnasium")
     env = diffsim.make(name, episodes, physics=physics, compile=False)
     if physics == "diffsim":
         ready = [n for n in compiled_batches(env.model) if n >= episodes]
         env = diffsim.make(name, ready[0]) if ready else env
     return env
+
+
+def starts(env, episodes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Initial qpos, qvel of a batch, (rows, num_envs): episode i begins alike on each engine, in any batch."""
+    generator = torch.Generator(device=env.device).manual_seed(seed)
+    drawn = [env.task.reset(env.model, 1, generator) for _ in range(episodes)]
+    copies = torch.arange(env.num_envs, device=env.device) % episodes
+    qpos, qvel = (torch.cat(states, 1)[:, copies] for states in zip(*drawn))
+    return qpos, qvel
 
 
 @torch.no_grad()
@@ -81,7 +92,10 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     if isinstance(env, GymnasiumEnv):
         return _rollout_gymnasium(env, policy, episodes, seed)
     free = env.model.without_margins()
-    obs, _ = env.reset(seed=seed)
+    env.reset(seed=seed)
+    qpos, qvel = starts(env, episodes, seed)
+    env.set_state(env.get_state() | dict(qpos=qpos, qvel=qvel))
+    obs = env.detach()
     batch, m = env.num_envs, env.model.mj_model
     running = torch.ones(batch, dtype=torch.bool)
     total, length = torch.zeros(batch), torch.zeros(batch)
@@ -143,6 +157,10 @@ def record(env_name: str, policy_path, video: str, physics: str = "diffsim"):
 def main():
     args = tyro.cli(Args)
     try:
+        if args.episodes < 1:
+            raise ValueError(f"--episodes is {args.episodes}; it must be at least 1")
+        if args.video:
+            check_path(args.video)
         policy, name = load_policy(args.policy)
         physics = args.physics or ("gymnasium" if is_gymnasium_id(name) else "diffsim")
         wanted = policy_obs_dim(policy)

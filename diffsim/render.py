@@ -17,11 +17,18 @@ FPS = 30
 STRIP_START, STRIP_EVERY, STRIP_FRAMES = 60, 2, 8  # frames of the video
 
 
+def check_path(path: str | Path):
+    """Raises ValueError, one line, for a video that is not .mp4."""
+    if Path(path).suffix != ".mp4":
+        raise ValueError(f"cannot write {path}: the video must be an .mp4")
+
+
 def render(mj_model: mujoco.MjModel, qpos: np.ndarray, control_dt: float, path: str):
     """Write frames qpos (T, nq) as a video (.mp4) at real speed, and eight of them side by side as .png beside it.
 
     Raises ValueError, one line, where there is no headless OpenGL.
     """
+    check_path(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
@@ -37,7 +44,7 @@ def render(mj_model: mujoco.MjModel, qpos: np.ndarray, control_dt: float, path: 
                 return
     reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     raise ValueError(
-        f"no headless OpenGL ({reason}); on Debian or Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6)"
+        f"cannot draw ({reason}); without OpenGL, on Debian or Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6)"
     )
 
 

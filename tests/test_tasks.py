@@ -4,6 +4,7 @@ import csv
 import math
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import gymnasium
@@ -13,7 +14,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import diffsim
-from diffsim.play import playback_env
+from diffsim.play import playback_env, starts
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(diffsim.TASKS)
@@ -174,3 +175,21 @@ def test_shac_learns_a_task_from_a_file(reach, tmp_path):
     with open(next(tmp_path.glob("runs/reach__shac__1__*/metrics.csv"))) as f:
         returns = [float(r["eval_return"]) for r in csv.DictReader(f) if r["eval_return"]]
     assert returns[0] < -35 and returns[-1] > -24  # no policy does much better than -18: the arm is not faster
+
+
+def test_the_calls_in_the_readme():
+    """Under "How a step works", as a user would paste them."""
+    readme = (ROOT / "README.md").read_text()
+    block = "    import torch, diffsim\n" + readme.split("    import torch, diffsim\n")[1].split("\nAfter ")[0]
+    names = {}
+    exec(textwrap.dedent(block), names)
+    assert names["action"].grad.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"qpos has shape \(64, 15\), expected \(15, environments\)"):
+        diffsim.mass_matrix(names["model"], names["qpos"].T)
+
+
+def test_playback_starts_alike_on_both_engines_and_in_any_batch():
+    soft, hard = (make("hopper", n, physics=p) for n, p in ((8, "diffsim"), (3, "mujoco")))
+    for many, few in zip(starts(soft, 4, seed=1), starts(hard, 2, seed=1)):
+        assert many.shape[1] == 8 and torch.equal(many[:, :2], few[:, :2]) and torch.equal(many[:, 4:], many[:, :4])
+        assert not torch.equal(many[:, 0], many[:, 1])
