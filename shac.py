@@ -48,8 +48,9 @@ class Args:
     """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states"""
     stiffness: float = 2.4
     """stiffness of diffsim's contacts and joint limits: see diffsim.Softness"""
-    smoothing: float = 1.0
-    """width of their smoothing, as a multiple of the default"""
+    smoothing: float | None = None
+    """width of their smoothing, as a multiple of diffsim.Softness's; when not given 1, and 3 with physics mujoco, where
+    it moves nothing and lets the gradient see a contact before it happens"""
     seed: int = 1
     """seed of the networks, the noise and the environments"""
     num_envs: int = 256
@@ -346,6 +347,8 @@ if __name__ == "__main__":
             if name not in ("resume", "stop_after") and value != getattr(started_with, name):
                 flag = name.replace("_", "-")
                 fail(f"--{flag} is {value}, the run has {getattr(started_with, name)}: resuming keeps its arguments")
+    if args.smoothing is None:
+        args.smoothing = 3.0 if args.physics == "mujoco" else 1.0
     check(args)
 
     random.seed(args.seed)

@@ -1,7 +1,8 @@
 """Learning curves from the committed CSVs: python benchmarks/figure.py -> results/<env>.png and <env>_mujoco.png
 
 One figure a task and engine: return while training against environment steps and wall-clock, mean and range of the
-seeds for every script; and the gradient norms before clipping. ablation.png: the variants of RPO on Ant.
+seeds for every script; and the gradient norms before clipping. ablation.png: the variants of RPO on Ant. softness.png:
+mismatch, cosine and learning against the stiffness of diffsim's contacts, on MuJoCo's physics.
 """
 
 import csv
@@ -79,8 +80,36 @@ def draw_ablation(path: Path):
     plt.close(figure)
 
 
+def draw_softness(path: Path):
+    """Against diffsim's stiffness: distance of its step from MuJoCo's, cosine of the Jacobians, and what Ant learns."""
+    with open(RESULTS / "mismatch.csv") as f:
+        swept = [r for r in csv.DictReader(f) if r["env"] == "ant" and r["parameter"] == "stiffness"]
+    default = next(r["value"] for r in swept if r["default"] == "True")
+    learned = {}
+    for script, seeds in runs("ant").items():
+        if script.startswith("rpo_diffsim-mujoco-1M") and "smoothing" not in script:
+            learned[float(script.partition("stiffness-")[2] or default)] = [float(s[-1]["eval_return"]) for s in seeds]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    for axis, key in zip(axes, ("base_velocity", "cosine")):
+        axis.plot(column(swept, "value"), column(swept, key), "o-")
+    stiffness = sorted(learned)
+    axes[2].plot(stiffness, [np.mean(learned[k]) for k in stiffness], "-", color="C1")
+    for k in stiffness:
+        axes[2].plot([k] * len(learned[k]), learned[k], "o", color="C1")
+    labels = ("base velocity off by, m/s", "Jacobian cosine", "return after 1M steps of RPO")
+    for axis, label in zip(axes, labels):
+        axis.axvline(float(default), color="0.7", lw=0.8)
+        axis.set(xscale="log", xlim=(0.2, 30), xlabel="stiffness (line: the default)", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_title("ant on MuJoCo's physics")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     draw_ablation(RESULTS / "ablation.png")
+    draw_softness(RESULTS / "softness.png")
     for env in sys.argv[1:] or sorted({p.stem.split("__")[0] for p in RESULTS.glob("*__*__*.csv")}):
         found = runs(env)
         for labels, suffix, title in (

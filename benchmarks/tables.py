@@ -249,6 +249,18 @@ def mismatch() -> str:
     return markdown(["task", "softness", "joints, rad", "base velocity, m/s", "Jacobian cosine"], rows)
 
 
+def softness() -> str:
+    """What RPO learns on MuJoCo's Ant within 1M steps, against the softness of the gradient."""
+    rows = []
+    for script, seeds in runs("ant").items():
+        if script.startswith("rpo_diffsim-mujoco-1M"):
+            what = script.removeprefix("rpo_diffsim-mujoco-1M").replace("-", " ").strip() or "defaults"
+            final = [column(s, "eval_return")[-1] for s in seeds]
+            cosine = np.mean([np.nanmean(column(s, "jacobian_cosine")) for s in seeds])
+            rows.append([what, len(seeds), spread(final), f"{cosine:.2f}"])
+    return markdown(["softness", "seeds", "return: median [min, max]", "Jacobian cosine at the end"], rows)
+
+
 def cost() -> str:
     rows = []
     for env in tasks():
@@ -298,6 +310,7 @@ TABLES = dict(
     overtaking=overtaking,
     mujoco=mujoco,
     mismatch=mismatch,
+    softness=softness,
     ablation=ablation,
     cost=cost,
     throughput=throughput,
