@@ -261,6 +261,16 @@ def softness() -> str:
     return markdown(["softness", "seeds", "return: median [min, max]", "Jacobian cosine at the end"], rows)
 
 
+def falls() -> str:
+    with open(RESULTS / "falls.csv") as f:
+        rows = [
+            [r["run"].replace("__", ", "), r["episodes"], r["falls"].removesuffix(".0")]
+            + [f"{float(r[k]):,.0f}" for k in ("return", "return_without_fall")]
+            for r in csv.DictReader(f)
+        ]
+    return markdown(["run", "episodes", "falls", "return", "return of the episodes without a fall"], rows)
+
+
 def cost() -> str:
     rows = []
     for env in tasks():
@@ -311,6 +321,7 @@ TABLES = dict(
     mujoco=mujoco,
     mismatch=mismatch,
     softness=softness,
+    falls=falls,
     ablation=ablation,
     cost=cost,
     throughput=throughput,
