@@ -1,5 +1,8 @@
 """MuJoCo's physics with diffsim's derivatives: the value is MuJoCo's, the gradient diffsim's at the same state."""
 
+import subprocess
+import sys
+
 import gymnasium
 import mujoco
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 import diffsim
 from diffsim.mujoco_physics import Follow, jacobian_cosine
 from diffsim.play import playback_env
-from tests.test_shac import TINY, rows, shac
+from tests.test_shac import ROOT, TINY, rows, shac
 
 
 def landed(name, **kwargs):
@@ -118,6 +121,22 @@ def test_shac_trains_on_mujoco_and_logs_the_mismatch(tmp_path):
     shac(*TINY, "--env", "hopper", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 2)
     last = rows(tmp_path)[-1]
     assert float(last["mismatch_joint"]) > 0 and float(last["mismatch_base"]) > 0
+    saved = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
+    assert saved["args"]["smoothing"] == 3  # unless it is given
+
+
+@pytest.mark.parametrize("script", ["shac.py", "rpo_diffsim.py"])
+def test_softness_reaches_the_gradient_and_not_the_trajectory(script, tmp_path):
+    found = []
+    for smoothing in (1, 3):
+        where = tmp_path / f"{smoothing}"
+        flags = [*TINY, "--env", "hopper", "--physics", "mujoco", "--smoothing", smoothing, "--run-dir", where]
+        flags += ["--horizon", 16, "--total-timesteps", 10_000, "--stop-after", 1]
+        command = [sys.executable, script, *map(str, flags)]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
+        found.append(rows(where)[0])
+    assert found[0]["value_loss"] == found[1]["value_loss"]  # of the first window: the same rewards
+    assert found[0]["grad_norm_before_clip"] != found[1]["grad_norm_before_clip"]
 
 
 TWINS = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"]
