@@ -2,7 +2,7 @@
 
 One figure a task and engine: return while training against environment steps and wall-clock, mean and range of the
 seeds for every script; and the gradient norms before clipping. ablation.png: the variants of RPO on Ant. softness.png:
-mismatch, cosine and learning against the stiffness of diffsim's contacts, on MuJoCo's physics.
+mismatch and learning against the softness of diffsim's contacts, on MuJoCo's physics.
 """
 
 import csv
@@ -81,27 +81,27 @@ def draw_ablation(path: Path):
 
 
 def draw_softness(path: Path):
-    """Against diffsim's stiffness: distance of its step from MuJoCo's, cosine of the Jacobians, and what Ant learns."""
+    """Ant on MuJoCo: the engines' distance against diffsim's stiffness, and what RPO learns against both softnesses."""
     with open(RESULTS / "mismatch.csv") as f:
         swept = [r for r in csv.DictReader(f) if r["env"] == "ant" and r["parameter"] == "stiffness"]
-    default = next(r["value"] for r in swept if r["default"] == "True")
-    learned = {}
-    for script, seeds in runs("ant").items():
-        if script.startswith("rpo_diffsim-mujoco-1M") and "smoothing" not in script:
-            learned[float(script.partition("stiffness-")[2] or default)] = [float(s[-1]["eval_return"]) for s in seeds]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
-    for axis, key in zip(axes, ("base_velocity", "cosine")):
-        axis.plot(column(swept, "value"), column(swept, key), "o-")
-    stiffness = sorted(learned)
-    axes[2].plot(stiffness, [np.mean(learned[k]) for k in stiffness], "-", color="C1")
-    for k in stiffness:
-        axes[2].plot([k] * len(learned[k]), learned[k], "o", color="C1")
-    labels = ("base velocity off by, m/s", "Jacobian cosine", "return after 1M steps of RPO")
-    for axis, label in zip(axes, labels):
-        axis.axvline(float(default), color="0.7", lw=0.8)
-        axis.set(xscale="log", xlim=(0.2, 30), xlabel="stiffness (line: the default)", ylabel=label)
+    axes[0].plot(column(swept, "value"), column(swept, "base_velocity"), "o-")
+    axes[0].set(ylabel="base velocity off by, m/s", title="ant on MuJoCo's physics")
+    learned = {"stiffness": {}, "smoothing": {}}
+    for script, seeds in runs("ant").items():
+        if script.startswith("rpo_diffsim-mujoco-1M"):
+            name, _, value = script.removeprefix("rpo_diffsim-mujoco-1M").strip("-").partition("-")
+            for key, default in (("stiffness", 2.4), ("smoothing", 3)):
+                if name in ("", key):
+                    learned[key][float(value or default)] = [float(s[-1]["eval_return"]) for s in seeds]
+    for axis, returns in zip(axes[1:], learned.values()):
+        values = sorted(returns)
+        axis.plot(values, [np.mean(returns[v]) for v in values], "o-", color="C1")
+        axis.set(ylabel="return after 1M steps of RPO")
+    for axis, name, default in zip(axes, ("stiffness", "stiffness", "smoothing"), (2.4, 2.4, 3)):
+        axis.axvline(default, color="0.7", lw=0.8)
+        axis.set(xscale="log", xlabel=f"{name} (line: the default)")
         axis.grid(alpha=0.3)
-    axes[0].set_title("ant on MuJoCo's physics")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
