@@ -28,7 +28,11 @@ if __name__ == "__main__":
         env = playback_env(name, EPISODES, "mujoco")
         played = rollout(env, policy, EPISODES)
         upright = played["length"] == env.max_episode_steps
-        values = (played["return"].mean(), (~upright).sum(), played["return"][upright].mean() if upright.any() else 0)
+        values = (
+            played["return"].mean(),
+            (~upright).sum(),
+            played["return"][upright].mean() if upright.any() else float("nan"),
+        )
         row = [folder.name, EPISODES, *(round(float(x), 1) for x in values)]
         rows[folder.name] = dict(zip(HEADER, row))
         print(*row)
