@@ -364,9 +364,7 @@ if __name__ == "__main__":
     try:
         env = make(args.num_envs, seed=args.seed, physics=args.physics)
         eval_env = make(num_eval, physics=args.physics)
-        other = dict(
-            physics=other_physics, compile=False, softness=None
-        )  # --smoothing is the gradient's, not diffsim's
+        other = dict(physics=other_physics, compile=False, softness=None)  # judged on diffsim's own contacts
         other_env = make(args.eval_episodes, **other) if args.eval_physics else None
     except ValueError as e:
         fail(str(e))
