@@ -44,11 +44,12 @@ class Args:
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco"] = "diffsim"
     """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states"""
-    stiffness: float = 2.4
-    """stiffness of diffsim's contacts and joint limits: see diffsim.Softness"""
+    stiffness: float | None = None
+    """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; when not given 2.4, and 0.6 with physics
+    mujoco, where it moves nothing"""
     smoothing: float | None = None
-    """width of their smoothing, as a multiple of diffsim.Softness's; when not given 1, and 3 with physics mujoco, where
-    it moves nothing and lets the gradient see a contact before it happens"""
+    """width of their smoothing, as a multiple of diffsim.Softness's; when not given 1, and 3 with physics mujoco: the
+    gradient sees a contact before it happens"""
     seed: int = 1
     """seed of the networks, the noise and the environments"""
     num_envs: int = 256
@@ -160,12 +161,12 @@ DEFAULTS = {
         physics="mujoco", total_timesteps=1_000_000, horizon=4, actor_learning_rate=1e-3, eval_episodes=10,
     ),
     "Hopper-v5": dict(
-        physics="mujoco", total_timesteps=2_000_000, horizon=32, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
-        gamma=0.995, smoothing=1.0, eval_episodes=10,
+        physics="mujoco", total_timesteps=2_000_000, horizon=8, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
+        gamma=0.995, eval_episodes=10,
     ),
     "Walker2d-v5": dict(
-        physics="mujoco", total_timesteps=2_000_000, horizon=32, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
-        gamma=0.995, smoothing=1.0, eval_episodes=10,
+        physics="mujoco", total_timesteps=2_000_000, horizon=8, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
+        gamma=0.995, eval_episodes=10,
     ),
 }  # fmt: skip
 
@@ -364,6 +365,8 @@ if __name__ == "__main__":
             if name not in ("resume", "stop_after") and value != getattr(started_with, name):
                 flag = name.replace("_", "-")
                 fail(f"--{flag} is {value}, the run has {getattr(started_with, name)}: resuming keeps its arguments")
+    if args.stiffness is None:
+        args.stiffness = 0.6 if args.physics == "mujoco" else diffsim.Softness.stiffness
     if args.smoothing is None:
         args.smoothing = 3.0 if args.physics == "mujoco" else 1.0
     check(args)

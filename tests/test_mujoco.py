@@ -122,7 +122,7 @@ def test_shac_trains_on_mujoco_and_logs_the_mismatch(tmp_path):
     last = rows(tmp_path)[-1]
     assert float(last["mismatch_joint"]) > 0 and float(last["mismatch_base"]) > 0
     saved = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
-    assert saved["args"]["smoothing"] == 3  # unless it is given
+    assert (saved["args"]["stiffness"], saved["args"]["smoothing"]) == (0.6, 3)  # unless they are given
 
 
 @pytest.mark.parametrize("script", ["shac.py", "rpo_diffsim.py"])
