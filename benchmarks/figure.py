@@ -34,6 +34,17 @@ def runs(env: str) -> dict[str, list[list[dict]]]:
     return found
 
 
+def swept_softness() -> list[tuple[dict, list]]:
+    """Stiffness and smoothing of the runs of RPO on MuJoCo's Ant with 1M steps, and their seeds."""
+    prefix, found = "rpo_diffsim-mujoco-1M", []
+    for script, seeds in runs("ant").items():
+        if script.startswith(prefix):
+            words = script.removeprefix(prefix).strip("-").split("-")
+            given = {name: float(value) for name, value in zip(words[::2], words[1::2])}
+            found.append((dict(stiffness=0.6, smoothing=3.0) | given, seeds))
+    return sorted(found, key=lambda x: tuple(x[0].values()))
+
+
 def draw(title: str, scripts: dict, labels: dict, path: Path):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
     for script, seeds in scripts.items():
@@ -87,18 +98,14 @@ def draw_softness(path: Path):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
     axes[0].plot(column(swept, "value"), column(swept, "base_velocity"), "o-")
     axes[0].set(ylabel="base velocity off by, m/s", title="ant on MuJoCo's physics")
-    learned = {"stiffness": {}, "smoothing": {}}
-    for script, seeds in runs("ant").items():
-        if script.startswith("rpo_diffsim-mujoco-1M"):
-            name, _, value = script.removeprefix("rpo_diffsim-mujoco-1M").strip("-").partition("-")
-            for key, default in (("stiffness", 2.4), ("smoothing", 3)):
-                if name in ("", key):
-                    learned[key][float(value or default)] = [float(s[-1]["eval_return"]) for s in seeds]
-    for axis, returns in zip(axes[1:], learned.values()):
-        values = sorted(returns)
-        axis.plot(values, [np.mean(returns[v]) for v in values], "o-", color="C1")
-        axis.set(ylabel="return after 1M steps of RPO")
-    for axis, name, default in zip(axes, ("stiffness", "stiffness", "smoothing"), (2.4, 2.4, 3)):
+    for axis, name, constant in zip(axes[1:], ("stiffness", "smoothing"), (dict(smoothing=3), dict(stiffness=2.4))):
+        found = [(s, r) for s, r in swept_softness() if constant.items() <= s.items()]
+        values = sorted({s[name] for s, _ in found})
+        returns = [np.mean([float(x[-1]["eval_return"]) for s, r in found for x in r if s[name] == v]) for v in values]
+        axis.plot(values, returns, "o-", color="C1")
+        other, value = next(iter(constant.items()))
+        axis.set(ylabel="return after 1M steps of RPO", title=f"{other} {value}")
+    for axis, name, default in zip(axes, ("stiffness", "stiffness", "smoothing"), (0.6, 0.6, 3)):
         axis.axvline(default, color="0.7", lw=0.8)
         axis.set(xscale="log", xlabel=f"{name} (line: the default)")
         axis.grid(alpha=0.3)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from figure import LABELS, ON_MUJOCO, RESULTS, column, runs
+from figure import LABELS, ON_MUJOCO, RESULTS, column, runs, swept_softness
 from gradient_lab import NAMES, curve, growth, probes
 
 READMES = [Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"]
@@ -252,13 +252,13 @@ def mismatch() -> str:
 def softness() -> str:
     """What RPO learns on MuJoCo's Ant within 1M steps, against the softness of the gradient."""
     rows = []
-    for script, seeds in runs("ant").items():
-        if script.startswith("rpo_diffsim-mujoco-1M"):
-            what = script.removeprefix("rpo_diffsim-mujoco-1M").replace("-", " ").strip() or "defaults"
-            final = [column(s, "eval_return")[-1] for s in seeds]
-            cosine = np.mean([np.nanmean(column(s, "jacobian_cosine")) for s in seeds])
-            rows.append([what, len(seeds), spread(final), f"{cosine:.2f}"])
-    return markdown(["softness", "seeds", "return: median [min, max]", "Jacobian cosine at the end"], rows)
+    for what, seeds in swept_softness():
+        final = [column(s, "eval_return")[-1] for s in seeds]
+        cosine = np.mean([np.nanmean(column(s, "jacobian_cosine")) for s in seeds])
+        rows.append([*(f"{x:g}" for x in what.values()), len(seeds), spread(final), f"{cosine:.2f}"])
+    return markdown(
+        ["stiffness", "smoothing", "seeds", "return: median [min, max]", "Jacobian cosine at the end"], rows
+    )
 
 
 def falls() -> str:
