@@ -162,7 +162,7 @@ DEFAULTS = {
     ),
     "Walker2d-v5": dict(
         physics="mujoco", total_timesteps=2_000_000, horizon=32, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
-        gamma=0.995, eval_episodes=10,
+        gamma=0.995, stiffness=2.4, smoothing=1.0, eval_episodes=10,
     ),
 }  # fmt: skip
 
