@@ -152,7 +152,10 @@ DEFAULTS = {
         total_timesteps=3_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, critic_hidden=(128, 128),
         eval_episodes=32,
     ),
-    "Ant-v5": dict(physics="mujoco", total_timesteps=1_000_000, horizon=4, actor_learning_rate=1e-3, eval_episodes=10),
+    "Ant-v5": dict(
+        physics="mujoco", total_timesteps=2_000_000, num_envs=512, horizon=4, actor_learning_rate=1e-3,
+        critic_hidden=(128, 128), eval_episodes=10,
+    ),
     "HalfCheetah-v5": dict(
         physics="mujoco", total_timesteps=1_000_000, horizon=4, actor_learning_rate=1e-3, eval_episodes=10,
     ),
