@@ -147,9 +147,16 @@ DEFAULTS = {
         critic_hidden=(128, 128),
     ),
     # On MuJoCo's physics the gradient is noisier: more environments, shorter windows, smaller steps, and a critic that
-    # knows more of what makes a fall. Gymnasium's tasks are untried with SHAC, and taken over from rpo_diffsim.py.
+    # knows more of what makes a fall. All but ant are untried with SHAC, and taken over from rpo_diffsim.py.
     "ant on mujoco": dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, critic_hidden=(128, 128),
+        eval_episodes=32,
+    ),
+    "cheetah on mujoco": dict(
+        num_envs=512, horizon=8, actor_learning_rate=1e-3, critic_hidden=(128, 128), eval_episodes=32,
+    ),
+    "walker on mujoco": dict(
+        horizon=16, actor_learning_rate=1e-3, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
         eval_episodes=32,
     ),
     "Ant-v5": dict(
