@@ -45,13 +45,13 @@ class Args:
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco"] = "diffsim"
-    """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states"""
+    """engine that runs the task (Gymnasium's: mujoco); with mujoco the gradient is diffsim's at MuJoCo's states"""
     stiffness: float | None = None
-    """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; when not given 2.4, and 0.6 with physics
-    mujoco, where it moves nothing"""
+    """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; None: 2.4, and 0.6 with physics mujoco,
+    where diffsim's contacts only shape the gradient"""
     smoothing: float | None = None
-    """width of their smoothing, as a multiple of diffsim.Softness's; when not given 1, and 3 with physics mujoco: the
-    gradient sees a contact before it happens"""
+    """width of their smoothing, as a multiple of diffsim.Softness's; None: 1, and 3 with physics mujoco, where the
+    gradient then sees a contact before it happens"""
     seed: int = 1
     """seed of the networks, the noise and the environments"""
     num_envs: int = 256
@@ -112,7 +112,7 @@ class Args:
     device: str = "cpu"
     """cpu or cuda"""
     compile: bool = True
-    """compile the physics (once for a task and num_envs, a minute or two, then cached)"""
+    """compile the physics (once for a task, num_envs and softness, a minute or two, then cached)"""
     num_threads: int = 1
     """threads of torch; the same number gives the same bits"""
     eval_every: int = 500_000
@@ -146,14 +146,20 @@ DEFAULTS = {
         total_timesteps=2_000_000, horizon=16, actor_learning_rate=1e-3, actor_hidden=(256, 128),
         critic_hidden=(128, 128),
     ),
-    # On MuJoCo's physics the gradient is noisier: more environments, shorter windows, smaller steps, and a critic that
-    # knows more of what makes a fall. All but ant are untried with SHAC, and taken over from rpo_diffsim.py.
+    # On MuJoCo's physics the gradient is noisier: smaller steps, and on the running tasks more environments, shorter
+    # windows, a critic that knows more of what makes a fall. What hops or walks on two feet did better with longer
+    # windows, a bound on what a sample counts, and diffsim's own softness (but Hopper-v5). All but ant are untried with
+    # SHAC, and taken over from rpo_diffsim.py.
     "ant on mujoco": dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, critic_hidden=(128, 128),
         eval_episodes=32,
     ),
     "cheetah on mujoco": dict(
         num_envs=512, horizon=8, actor_learning_rate=1e-3, critic_hidden=(128, 128), eval_episodes=32,
+    ),
+    "hopper on mujoco": dict(
+        horizon=16, actor_learning_rate=1e-3, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
+        eval_episodes=32,
     ),
     "walker on mujoco": dict(
         horizon=16, actor_learning_rate=1e-3, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
@@ -184,7 +190,7 @@ def fail(message: str):
 
 
 def mlp(sizes: list[int], activation: str) -> nn.Sequential:
-    """Linear - ELU - LayerNorm; the last layer plain and small, so that actions and values start near zero."""
+    """Linear - activation - LayerNorm; the last layer plain and small, so that actions and values start near zero."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes[:-2], sizes[1:-1]):
         layers += [nn.Linear(i, o), nn.ELU() if activation == "elu" else nn.SiLU(), nn.LayerNorm(o)]
@@ -316,14 +322,16 @@ def check(args: Args):
     for name in (*positive, "eval_episodes", "save_every"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    positive = ("stiffness", "smoothing", "actor_learning_rate", "critic_learning_rate")
-    for name in (*positive, "max_grad_norm", "max_action_grad_norm"):
-        if getattr(args, name) <= 0:
+    for name in ("stiffness", "smoothing", "actor_learning_rate", "critic_learning_rate"):
+        if not 0 < getattr(args, name) < float("inf"):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0, and finite")
+    for name in ("max_grad_norm", "max_action_grad_norm"):
+        if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
     for name in ("gamma", "gae_lambda", "target_alpha"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")
-    if args.entropy_coef < 0:
+    if not args.entropy_coef >= 0:
         fail(f"--entropy-coef is {args.entropy_coef}; it must not be negative")
     if args.learn_entropy_coef and not args.entropy_coef:
         fail("--learn-entropy-coef needs an --entropy-coef above 0 to start from")
@@ -428,6 +436,8 @@ if __name__ == "__main__":
     table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{run}: {args.env}, {args.num_envs} envs x {args.horizon} steps, {num_iterations} iterations", flush=True)
+    if args.physics == "mujoco":
+        print(f"gradient through contacts of stiffness {args.stiffness:g}, smoothing {args.smoothing:g}", flush=True)
     if defaults and checkpoint is None:
         print("for this task:", *(f"{k}={v}" for k, v in defaults.items() if getattr(args, k) == v), flush=True)
     fields = (

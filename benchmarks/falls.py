@@ -23,7 +23,10 @@ if __name__ == "__main__":
     if PATH.exists():
         with open(PATH) as f:
             rows = {r["run"]: r for r in csv.DictReader(f)}
-    for folder in map(Path, sys.argv[1:]):
+    folders = [Path(x) for x in sys.argv[1:]]
+    if bad := [str(f) for f in folders if not list(f.glob("*/policy.pt2"))]:
+        sys.exit(f"falls.py: no run of benchmarks/train.py in {', '.join(bad)}")
+    for folder in folders:
         policy, name = load_policy(next(folder.glob("*/policy.pt2")))
         env = playback_env(name, EPISODES, "mujoco")
         played = rollout(env, policy, EPISODES)

@@ -61,6 +61,8 @@ def measure(name: str, states: list, softness: diffsim.Softness) -> dict[str, fl
 def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if len(sys.argv) != 2:
+        sys.exit("mismatch.py RUN: the folder of a run with --physics mujoco")
     policy, name = load_policy(sys.argv[1])
     states, defaults, rows = visited(name, policy), diffsim.Softness(), []
     for parameter, values in SWEEPS.items():

@@ -78,6 +78,7 @@ def test_kill_loses_at_most_one_save_interval(tmp_path):
         (["--horizon", 0], "--horizon is 0"),
         (["--actor-learning-rate", -1], "--actor-learning-rate is -1"),
         (["--gamma", 2], "--gamma is 2"),
+        (["--smoothing", "inf"], "--smoothing is inf"),
         (["--resume", "nowhere"], "--resume nowhere"),
         pytest.param(
             ["--device", "cuda"],
