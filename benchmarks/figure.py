@@ -34,14 +34,14 @@ def runs(env: str) -> dict[str, list[list[dict]]]:
     return found
 
 
-def swept_softness() -> list[tuple[dict, list]]:
-    """Stiffness and smoothing of the runs of RPO on MuJoCo's Ant with 1M steps, and their seeds."""
+def swept_softness() -> list[tuple[dict, str]]:
+    """Stiffness and smoothing of the runs of RPO on MuJoCo's Ant with 1M steps, and what the runs are called."""
     prefix, found = "rpo_diffsim-mujoco-1M", []
-    for script, seeds in runs("ant").items():
+    for script in runs("ant"):
         if script.startswith(prefix):
             words = script.removeprefix(prefix).strip("-").split("-")
             given = {name: float(value) for name, value in zip(words[::2], words[1::2])}
-            found.append((dict(stiffness=0.6, smoothing=3.0) | given, seeds))
+            found.append((dict(stiffness=0.6, smoothing=3.0) | given, script))
     return sorted(found, key=lambda x: tuple(x[0].values()))
 
 
@@ -99,7 +99,7 @@ def draw_softness(path: Path):
     axes[0].plot(column(swept, "value"), column(swept, "base_velocity"), "o-")
     axes[0].set(ylabel="base velocity off by, m/s", title="ant on MuJoCo's physics")
     for axis, name, constant in zip(axes[1:], ("stiffness", "smoothing"), (dict(smoothing=3), dict(stiffness=2.4))):
-        found = [(s, r) for s, r in swept_softness() if constant.items() <= s.items()]
+        found = [(s, runs("ant")[r]) for s, r in swept_softness() if constant.items() <= s.items()]
         values = sorted({s[name] for s, _ in found})
         returns = [np.mean([float(x[-1]["eval_return"]) for s, r in found for x in r if s[name] == v]) for v in values]
         axis.plot(values, returns, "o-", color="C1")
@@ -107,7 +107,7 @@ def draw_softness(path: Path):
         axis.set(ylabel="return after 1M steps of RPO", title=f"{other} {value}")
     for axis, name, default in zip(axes, ("stiffness", "stiffness", "smoothing"), (0.6, 0.6, 3)):
         axis.axvline(default, color="0.7", lw=0.8)
-        axis.set(xscale="log", xlabel=f"{name} (line: the default)")
+        axis.set(xscale="log", xlabel=f"{name} (line: default on MuJoCo)")
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -161,6 +161,23 @@ def mujoco() -> str:
     return markdown([*header, "their steps", "Jacobian cosine"], rows)
 
 
+def mujoco_against_ppo() -> str:
+    """Returns while training on MuJoCo's physics: PPO after as many steps and minutes as RPO's median run has taken."""
+    rows = []
+    for env in tasks():
+        ours, theirs = ("rpo_diffsim", "ppo_baseline") if "-v" in env else ("rpo_diffsim-mujoco", "ppo_baseline-mujoco")
+        found = runs(env)
+        if ours in found and theirs in found:
+            row = [env]
+            for key, unit in (("global_step", 1e6), ("wall_time_s", 60)):
+                spent = np.median([column(s, key)[-1] for s in found[ours]])
+                row += [f"{spent / unit:.1f}"]
+                row += [spread([np.interp(spent, column(s, key), column(s, "episodic_return")) for s in found[theirs]])]
+            final = spread([np.nanmean(column(s, "episodic_return")[-5:]) for s in found[ours]])
+            rows.append([row[0], f"{row[1]}M, {row[3]}", final, row[2], row[4]])
+    return markdown(["task", "steps, minutes of RPO", "RPO", "PPO after these steps", "PPO after these minutes"], rows)
+
+
 def overtaking() -> str:
     """When a run's return while training first exceeds the median of SHAC's last ones, in SHAC's budget of steps.
 
@@ -242,7 +259,7 @@ def mismatch() -> str:
     with open(RESULTS / "mismatch.csv") as f:
         rows = list(csv.DictReader(f))
     rows = [
-        [r["env"], f"{r['parameter'].replace('_', ' ')} {r['value']}" + " (default)" * (r["default"] == "True")]
+        [r["env"], f"{r['parameter'].replace('_', ' ')} {r['value']}" + " (diffsim's)" * (r["default"] == "True")]
         + [f"{float(r[k]):.{d}f}" for k, d in (("joint", 4), ("base_velocity", 3), ("cosine", 2))]
         for r in rows
     ]
@@ -252,13 +269,28 @@ def mismatch() -> str:
 def softness() -> str:
     """What RPO learns on MuJoCo's Ant within 1M steps, against the softness of the gradient."""
     rows = []
-    for what, seeds in swept_softness():
+    for what, script in swept_softness():
+        seeds = runs("ant")[script]
         final = [column(s, "eval_return")[-1] for s in seeds]
         cosine = np.mean([np.nanmean(column(s, "jacobian_cosine")) for s in seeds])
         rows.append([*(f"{x:g}" for x in what.values()), len(seeds), spread(final), f"{cosine:.2f}"])
     return markdown(
         ["stiffness", "smoothing", "seeds", "return: median [min, max]", "Jacobian cosine at the end"], rows
     )
+
+
+def softness_falls() -> str:
+    """Falls of the first seeds of those runs."""
+    with open(RESULTS / "falls.csv") as f:
+        fallen = {r["run"]: r for r in csv.DictReader(f)}
+    rows = []
+    for what, script in swept_softness():
+        r = fallen.get(f"ant__{script}__1")
+        if r:
+            rows.append(
+                [*(f"{x:g}" for x in what.values()), f"{float(r['return']):,.0f}", r["falls"].removesuffix(".0")]
+            )
+    return markdown(["stiffness", "smoothing", "return", "falls"], rows)
 
 
 def falls() -> str:
@@ -319,9 +351,11 @@ TABLES = dict(
     equal_time=equal_time,
     overtaking=overtaking,
     mujoco=mujoco,
+    mujoco_against_ppo=mujoco_against_ppo,
     mismatch=mismatch,
     softness=softness,
     falls=falls,
+    softness_falls=softness_falls,
     ablation=ablation,
     cost=cost,
     throughput=throughput,
