@@ -118,7 +118,7 @@ def test_mismatch_is_the_engines_difference():
 
 
 def test_shac_trains_on_mujoco_and_logs_the_mismatch(tmp_path):
-    shac(*TINY, "--env", "hopper", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 2)
+    shac(*TINY, "--env", "cheetah", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 2)
     last = rows(tmp_path)[-1]
     assert float(last["mismatch_joint"]) > 0 and float(last["mismatch_base"]) > 0
     saved = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
