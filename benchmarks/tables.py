@@ -165,16 +165,16 @@ def mujoco_against_ppo() -> str:
     """Returns while training on MuJoCo's physics: PPO after as many steps and minutes as RPO's median run has taken."""
     rows = []
     for env in tasks():
-        ours, theirs = ("rpo_diffsim", "ppo_baseline") if "-v" in env else ("rpo_diffsim-mujoco", "ppo_baseline-mujoco")
-        found = runs(env)
-        if ours in found and theirs in found:
-            row = [env]
-            for key, unit in (("global_step", 1e6), ("wall_time_s", 60)):
-                spent = np.median([column(s, key)[-1] for s in found[ours]])
-                row += [f"{spent / unit:.1f}"]
-                row += [spread([np.interp(spent, column(s, key), column(s, "episodic_return")) for s in found[theirs]])]
-            final = spread([np.nanmean(column(s, "episodic_return")[-5:]) for s in found[ours]])
-            rows.append([row[0], f"{row[1]}M, {row[3]}", final, row[2], row[4]])
+        found, suffix = runs(env), "" if "-v" in env else "-mujoco"
+        rpo, ppo = found.get(f"rpo_diffsim{suffix}"), found.get(f"ppo_baseline{suffix}")
+        if rpo and ppo:
+            spent = {key: np.median([column(s, key)[-1] for s in rpo]) for key in ("global_step", "wall_time_s")}
+            then = [
+                spread([np.interp(x, column(s, key), column(s, "episodic_return")) for s in ppo])
+                for key, x in spent.items()
+            ]
+            budget = f"{spent['global_step'] / 1e6:.1f}M, {spent['wall_time_s'] / 60:.1f}"
+            rows.append([env, budget, spread([np.nanmean(column(s, "episodic_return")[-5:]) for s in rpo]), *then])
     return markdown(["task", "steps, minutes of RPO", "RPO", "PPO after these steps", "PPO after these minutes"], rows)
 
 
@@ -274,9 +274,8 @@ def softness() -> str:
         final = [column(s, "eval_return")[-1] for s in seeds]
         cosine = np.mean([np.nanmean(column(s, "jacobian_cosine")) for s in seeds])
         rows.append([*(f"{x:g}" for x in what.values()), len(seeds), spread(final), f"{cosine:.2f}"])
-    return markdown(
-        ["stiffness", "smoothing", "seeds", "return: median [min, max]", "Jacobian cosine at the end"], rows
-    )
+    header = ["stiffness", "smoothing", "seeds", "return: median [min, max]", "Jacobian cosine"]
+    return markdown(header, rows)
 
 
 def softness_falls() -> str:
@@ -285,11 +284,9 @@ def softness_falls() -> str:
         fallen = {r["run"]: r for r in csv.DictReader(f)}
     rows = []
     for what, script in swept_softness():
-        r = fallen.get(f"ant__{script}__1")
-        if r:
-            rows.append(
-                [*(f"{x:g}" for x in what.values()), f"{float(r['return']):,.0f}", r["falls"].removesuffix(".0")]
-            )
+        if r := fallen.get(f"ant__{script}__1"):
+            numbers = f"{float(r['return']):,.0f}", r["falls"].removesuffix(".0")
+            rows.append([*(f"{x:g}" for x in what.values()), *numbers])
     return markdown(["stiffness", "smoothing", "return", "falls"], rows)
 
 
