@@ -175,11 +175,11 @@ def squashed_log_prob(noise, log_std, u):
 @torch.no_grad()
 def follow_spectral_norm(net: nn.Sequential):
     """Power iterations on weights that have changed; at other times (eval mode) u and v of the estimate stay."""
-    net.train()
     for layer in net:
         if parametrize.is_parametrized(layer):
+            layer.parametrizations.train()
             layer.weight  # noqa: B018  computing it iterates
-    net.eval()
+            layer.parametrizations.eval()
 
 
 class Actor(nn.Module):
@@ -727,7 +727,6 @@ if __name__ == "__main__":
                     optimizer.param_groups[0]["lr"] = frac * args.actor_learning_rate
             # --- model: one-step predictions --------------------------------------------------------------
             tick = time.perf_counter()
-            model.requires_grad_(True)
             for _ in range(args.model_updates):
                 batch = normalized(normalizer, {k: x[0] for k, x in buffer.sample(args.batch_size).items()})
                 names = ("z", "action", "reward", "z_next", "terminated")
@@ -737,7 +736,6 @@ if __name__ == "__main__":
                 nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 model_optimizer.step()
                 follow_spectral_norm(model.dynamics)
-            model.requires_grad_(False)
             seen["model_s"].append(time.perf_counter() - tick)
 
             # --- critic: soft Bellman targets from real steps ---------------------------------------------
@@ -748,13 +746,11 @@ if __name__ == "__main__":
                 next_action, log_prob, _ = actor(z_next, torch.randn_like(batch["u"]))
                 next_value = target_critic(z_next, next_action).amin(0) - alpha * log_prob
                 target = batch["reward"] + args.gamma * ~batch["terminated"] * next_value
-            critic.requires_grad_(True)
             value = critic(batch["z"], torch.tanh(batch["u"]))
             value_loss = (value - target).square().mean(1).sum()
             critic_optimizer.zero_grad()
             value_loss.backward()
             critic_optimizer.step()
-            critic.requires_grad_(False)
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             seen["critic_s"].append(time.perf_counter() - tick)
 
@@ -779,7 +775,7 @@ if __name__ == "__main__":
                         weight = truncated_weights(log_ratio, segment["terminated"] | segment["truncated"])
                 policy_loss = -(weight * value).mean()
                 actor_optimizer.zero_grad()
-                policy_loss.backward()
+                policy_loss.backward(inputs=list(actor.parameters()))
             norm_before = float(nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm))
             if np.isfinite(norm_before):
                 actor_optimizer.step()
