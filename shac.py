@@ -165,6 +165,7 @@ DEFAULTS = {
         horizon=16, actor_learning_rate=1e-3, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
         eval_episodes=32,
     ),
+    "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": dict(
         physics="mujoco", total_timesteps=2_000_000, num_envs=512, horizon=4, actor_learning_rate=1e-3,
         critic_hidden=(128, 128), eval_episodes=10,
