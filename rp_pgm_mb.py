@@ -94,6 +94,8 @@ class Args:
     """discount factor"""
     tau: float = 0.005
     """step of the target critics towards the critics at each update"""
+    policy_average: float = 0.001
+    """step, at each update, towards the policy, of the average that is evaluated and saved; 1: the policy itself"""
     entropy_coef: float = 0.1
     """initial temperature: weight of the policy's entropy in every reward"""
     learn_entropy_coef: bool = True
@@ -142,6 +144,7 @@ class Args:
 DEFAULTS = {
     "InvertedPendulum-v5": dict(total_timesteps=10_000, model_warmup=0),
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0),
+    "Hopper-v5": dict(spectral_norm=False, learning_starts=5_000),  # with it the policy learns far more slowly
     "HalfCheetah-v5": dict(total_timesteps=200_000),
     "diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
 }
@@ -193,7 +196,7 @@ class Actor(nn.Module):
     def distribution(self, z):
         """Mean and log standard deviation of u, both (..., act_dim)."""
         mean, log_std = self.net(z).chunk(2, -1)
-        return mean, (log_std - 1.0).clamp(-5.0, 2.0)
+        return mean, log_std.clamp(-5.0, 2.0)
 
     def log_prob(self, z, u):
         """Log density of tanh(u): (...,)"""
@@ -211,6 +214,15 @@ class Actor(nn.Module):
         """The noise with which the policy outputs u."""
         mean, log_std = self.distribution(z)
         return (u - mean) * (-log_std).exp()
+
+
+@torch.no_grad()
+def follow(average: Actor, actor: Actor, step: float):
+    """Move an average, which has plain weights, towards the normalised weights of the policy."""
+    for mean, layer in zip(average.net, actor.net):
+        if isinstance(layer, nn.Linear):
+            mean.weight.lerp_(layer.weight, step)
+            mean.bias.lerp_(layer.bias, step)
 
 
 class Critics(nn.Module):
@@ -526,10 +538,10 @@ def check(args: Args):
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
     rates = ("actor_learning_rate", "critic_learning_rate", "model_learning_rate", "max_grad_norm", "update_ratio")
-    for name in (*rates, "entropy_coef"):
+    for name in (*rates, "entropy_coef", "policy_average"):
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
-    for name in ("gamma", "tau"):
+    for name in ("gamma", "tau", "policy_average"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")
     if args.buffer_size // args.num_envs <= args.unroll or args.learning_starts // args.num_envs <= args.unroll:
@@ -600,8 +612,9 @@ if __name__ == "__main__":
     normalizer, changes = Normalizer(obs_dim).to(env.device), Normalizer(obs_dim).to(env.device)
     rewards = Normalizer(1).to(env.device)
     policy = DeterministicPolicy(normalizer, actor, env.single_action_space).to(env.device)
-    plain = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device)  # gets the normalised weights
-    exported = DeterministicPolicy(normalizer, plain, env.single_action_space).to(env.device)
+    average = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device).requires_grad_(False)
+    follow(average, actor, 1.0)
+    averaged_policy = DeterministicPolicy(normalizer, average, env.single_action_space).to(env.device)
     adam = partial(torch.optim.Adam, fused=True)
     actor_optimizer = adam(actor.parameters(), args.actor_learning_rate)
     critic_optimizer = adam(critic.parameters(), args.critic_learning_rate)
@@ -613,7 +626,9 @@ if __name__ == "__main__":
         shapes["state"] = (env.model.nq + env.model.nv + env.model.nu,)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, env.device, **shapes, terminated=(), truncated=())
 
-    modules = dict(actor=actor, model=model, critic=critic, target_critic=target_critic, normalizer=normalizer)
+    modules = dict(
+        actor=actor, average=average, model=model, critic=critic, target_critic=target_critic, normalizer=normalizer
+    )
     modules |= dict(changes=changes, rewards=rewards, temperature=temperature, buffer=buffer)
     modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     modules |= dict(model_optimizer=model_optimizer, temperature_optimizer=temperature_optimizer)
@@ -672,11 +687,10 @@ if __name__ == "__main__":
         if not on_gymnasium:
             state["env_state"] = env.get_state()
         atomic_save(state, run / "checkpoint.pt")
-        for layer, trained in zip(exported.actor.net, actor.net):
-            if isinstance(layer, nn.Linear):
-                layer.weight, layer.bias = nn.Parameter(trained.weight.detach()), trained.bias
         example = torch.zeros(2, obs_dim, device=env.device)
-        program = torch.export.export(exported, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        program = torch.export.export(
+            averaged_policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        )
         torch.export.save(program, run / "policy.tmp.pt2", extra_files={"env": args.env})
         os.replace(run / "policy.tmp.pt2", run / "policy.pt2")
 
@@ -780,6 +794,7 @@ if __name__ == "__main__":
             if np.isfinite(norm_before):
                 actor_optimizer.step()
                 follow_spectral_norm(actor.net)
+                follow(average, actor, args.policy_average)
                 if args.learn_entropy_coef:
                     temperature_optimizer.zero_grad()
                     (temperature[0].exp() * (entropy.detach() + act_dim)).backward()
@@ -797,7 +812,7 @@ if __name__ == "__main__":
         row = dict.fromkeys(fields, "")
         last = iteration == num_iterations - 1
         if last or every(args.eval_every):
-            returns = evaluate(eval_env, policy, min(args.eval_episodes, num_eval))
+            returns = evaluate(eval_env, averaged_policy, min(args.eval_episodes, num_eval))
             row["eval_return"], row["eval_return_std"] = float(returns.mean()), float(returns.std(correction=0))
             writer.add_scalar("eval/episodic_return", row["eval_return"], global_step)
             print(f"\rstep {global_step:>9,}  evaluation {row['eval_return']:.0f}", flush=True)
