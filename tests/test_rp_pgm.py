@@ -236,6 +236,21 @@ def test_spectral_norm_after_training(tmp_path):
     assert max(abs(x - 1) for x in values) < 1e-2
 
 
+def test_the_average_follows_the_normalised_weights():
+    actor, average = rp.Actor(4, 2, rp.Args()).eval(), rp.Actor(4, 2, rp.Args(spectral_norm=False))
+
+    def weights():
+        return torch.nn.utils.parameters_to_vector(average.parameters()).detach().clone()
+
+    start = weights()
+    rp.follow(average, actor, 0.25)
+    quarter = weights()
+    rp.follow(average, actor, 1.0)
+    z = torch.randn(5, 4)
+    torch.testing.assert_close(average.distribution(z), actor.distribution(z))
+    torch.testing.assert_close(quarter, start + 0.25 * (weights() - start))
+
+
 @pytest.mark.parametrize(
     "env, flags", [("cartpole", ["--gradient", "dr"]), ("Pendulum-v1", ["--gradient", "lr", "--no-spectral-norm"])]
 )
