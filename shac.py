@@ -151,8 +151,8 @@ DEFAULTS = {
     # windows, a bound on what a sample counts, and diffsim's own softness (but Hopper-v5). All but ant are untried with
     # SHAC, and taken over from rpo_diffsim.py.
     "ant on mujoco": dict(
-        total_timesteps=2_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, critic_hidden=(128, 128),
-        gamma=0.995, eval_episodes=32,
+        total_timesteps=3_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, critic_hidden=(128, 128),
+        critic_epochs=8, critic_minibatches=8, gamma=0.995, eval_episodes=32,
     ),
     "cheetah on mujoco": dict(
         num_envs=512, horizon=8, actor_learning_rate=1e-3, critic_hidden=(128, 128), eval_episodes=32,
