@@ -139,6 +139,8 @@ def mujoco() -> str:
     rows, played = [], replays()
     for env in tasks():
         found, twin = runs(env), "-v" in env
+        if twin and "rpo_diffsim" not in found:
+            continue
         labels = LABELS if twin else ON_MUJOCO
         for script in (s for s in labels if s in found):
             hard = played_on(played, env, script, "gymnasium" if twin else "mujoco")
