@@ -95,7 +95,7 @@ class Args:
     tau: float = 0.005
     """step of the target critics towards the critics at each update"""
     policy_average: float = 0.001
-    """step, at each update, towards the policy, of the average that is evaluated and saved; 1: the policy itself"""
+    """step, at each of its updates, towards the policy, of the average that is evaluated and saved; 1: the policy"""
     entropy_coef: float = 0.1
     """initial temperature: weight of the policy's entropy in every reward"""
     learn_entropy_coef: bool = True
@@ -109,7 +109,7 @@ class Args:
     outcome_hidden: tuple[int, ...] = (64, 64)
     """hidden layers of the network of reward and termination"""
     log_std_init: float = -1.0
-    """initial log standard deviation of the policy, before the tanh"""
+    """initial log standard deviation of the policy, before the tanh; always kept between -5 and 2"""
     activation: Literal["elu", "relu"] = "relu"
     """activation function of all networks; both are 1-Lipschitz"""
     probe_every: int = 0
@@ -293,7 +293,7 @@ class Normalizer(nn.Module):
 
 
 class DeterministicPolicy(nn.Module):
-    """What is saved as policy.pt2: observation -> action within its bounds, its normaliser inside."""
+    """Observation -> action within its bounds, its normaliser inside."""
 
     def __init__(self, normalizer, actor, space):
         super().__init__()
@@ -448,7 +448,10 @@ def objective(gradient: str, actor, model, critic, segment: dict, noise, gamma: 
     if gradient == "dr":
         h = len(noise) - 1
         noise = torch.cat([actor.infer_noise(segment["z"][:h], segment["u"][:h]), noise[h:]])
-        return expansion(actor, critic, partial(real_step, model, segment), z, noise, gamma, alpha)
+        value, _ = expansion(actor, critic, partial(real_step, model, segment), z, noise, gamma, alpha)
+        with torch.no_grad():  # recorded actions are older policies': they say nothing of this one's entropy
+            _, log_prob, _ = actor(z, torch.randn_like(segment["u"][0]))
+        return value, -log_prob.mean()
     visited: list[dict] = []
     with torch.no_grad():
         _, entropy = expansion(actor, critic, step, z, noise, gamma, alpha, visited)
@@ -546,6 +549,8 @@ def check(args: Args):
     for name in ("gamma", "tau", "policy_average"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")
+    if not -5 <= args.log_std_init <= 2:
+        fail(f"--log-std-init is {args.log_std_init}; it must be between -5 and 2")
     if args.buffer_size // args.num_envs <= args.unroll or args.learning_starts // args.num_envs <= args.unroll:
         fail(f"--unroll is {args.unroll}; buffer_size and learning_starts, of {args.num_envs} envs, must exceed it")
     if is_gymnasium_id(args.env) and (args.capture_video or args.device != "cpu"):
@@ -646,6 +651,8 @@ if __name__ == "__main__":
         run.mkdir(parents=True, exist_ok=True)
     else:
         run = path.parent
+        if missing := [name for name in modules if name not in checkpoint]:
+            fail(f"--resume {path}: an older version's checkpoint, without {', '.join(missing)}; start anew")
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
@@ -783,7 +790,10 @@ if __name__ == "__main__":
             else:
                 segment = {k: x[None] for k, x in batch.items()}
             noise = torch.randn(h + 1, args.batch_size, act_dim, device=env.device)
-            with parametrize.cached():  # the normalised weights once, not once per step of the expansion
+            with parametrize.cached():  # the normalised weights once, not once per step of the expansion ...
+                for layer in actor.net:
+                    if parametrize.is_parametrized(layer):
+                        layer.weight  # noqa: B018  ... and with their graph: dr and lr begin without one
                 value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
                 if gradient == "dr":
                     with torch.no_grad():
@@ -796,7 +806,7 @@ if __name__ == "__main__":
             if np.isfinite(norm_before):
                 actor_optimizer.step()
                 follow_spectral_norm(actor.net)
-                follow(average, actor, args.policy_average)
+                follow(average, actor, max(args.policy_average, args.policy_frequency / updates))  # first a plain mean
                 if args.learn_entropy_coef:
                     temperature_optimizer.zero_grad()
                     (temperature[0].exp() * (entropy.detach() + act_dim)).backward()

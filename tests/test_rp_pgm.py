@@ -236,6 +236,15 @@ def test_spectral_norm_after_training(tmp_path):
     assert max(abs(x - 1) for x in values) < 1e-2
 
 
+@pytest.mark.parametrize("gradient", ["dp", "dr", "lr"])
+def test_every_weight_of_the_policy_is_trained(gradient, tmp_path):
+    flags = ["--gradient", gradient, "--stop-after", 40, "--run-dir", tmp_path]
+    run_rp("--env", "Pendulum-v1", *TINY, "--model-warmup", 0, *flags)
+    checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
+    actor = rp.Actor(3, 1, rp.Args(**checkpoint["args"]))
+    assert len(checkpoint["actor_optimizer"]["state"]) == len(list(actor.parameters()))
+
+
 def test_the_average_follows_the_normalised_weights():
     actor, average = rp.Actor(4, 2, rp.Args()).eval(), rp.Actor(4, 2, rp.Args(spectral_norm=False))
 
@@ -325,6 +334,8 @@ def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient(
         (["--num-envs", 0], "--num-envs is 0"),
         (["--unroll", -1], "--unroll is -1"),
         (["--unroll", 2000], "--unroll is 2000"),
+        (["--log-std-init", "nan"], "--log-std-init is nan"),
+        (["--policy-average", 0], "--policy-average is 0"),
         (["--update-ratio", 0], "--update-ratio is 0"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],
