@@ -383,7 +383,8 @@ if __name__ == "__main__":
     writer = SummaryWriter(str(run), purge_step=global_step if checkpoint else None)
     table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    print(f"{run}: {args.env}, {args.num_envs} envs x {args.num_steps} steps, {num_iterations} iterations", flush=True)
+    left = num_iterations - first_iteration
+    print(f"{run}: {args.env}, {args.num_envs} envs x {args.num_steps} steps, {left} iterations to go", flush=True)
     if kind in DEFAULTS:
         print("for this task:", *(f"{k}={v}" for k, v in DEFAULTS[kind].items() if getattr(args, k) == v), flush=True)
     fields = (

@@ -669,7 +669,8 @@ if __name__ == "__main__":
     writer = SummaryWriter(str(run), purge_step=global_step if checkpoint else None)
     table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    print(f"{run}: {args.env}, {args.num_envs} envs, {num_iterations} iterations", flush=True)
+    left = num_iterations - first_iteration
+    print(f"{run}: {args.env}, {args.num_envs} envs, {left} iterations to go", flush=True)
     if defaults and checkpoint is None:
         print("for this environment:", *(f"{k}={v}" for k, v in defaults.items() if getattr(args, k) == v), flush=True)
     fields = (

@@ -448,7 +448,8 @@ if __name__ == "__main__":
     writer = SummaryWriter(str(run), purge_step=global_step if checkpoint else None)
     table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    print(f"{run}: {args.env}, {args.num_envs} envs x {args.horizon} steps, {num_iterations} iterations", flush=True)
+    left = num_iterations - first_iteration
+    print(f"{run}: {args.env}, {args.num_envs} envs x {args.horizon} steps, {left} iterations to go", flush=True)
     if args.physics == "mujoco":
         print(f"gradient through contacts of stiffness {args.stiffness:g}, smoothing {args.smoothing:g}", flush=True)
     if defaults and checkpoint is None:

@@ -180,6 +180,27 @@ def mujoco_against_ppo() -> str:
     return markdown(["task", "steps, minutes of RPO", "RPO", "PPO after these steps", "PPO after these minutes"], rows)
 
 
+# CleanRL's PPO after 1M steps, and the goal for Ant
+PUBLISHED = {"HalfCheetah-v5": 1443, "Hopper-v5": 2383, "Walker2d-v5": 2600, "Ant-v5": 5000}
+
+
+def minutes_to_mark() -> str:
+    """When the return while training first passes what CleanRL publishes for PPO (Ant: a round number)."""
+    rows = []
+    for env, mark in PUBLISHED.items():
+        found, row = runs(env), [env, f"{mark:,}"]
+        for script in ("rpo_diffsim", "ppo_baseline"):
+            minutes = []
+            for seed in found.get(script, []):
+                above = column(seed, "episodic_return") > mark
+                minutes.append(column(seed, "wall_time_s")[above.argmax()] / 60 if above.any() else np.inf)
+            row.append(spread(minutes, 1).replace("inf", "never") if minutes else "")
+        wall = [column(s, "wall_time_s")[-1] / 60 for s in found.get("ppo_baseline", [])]
+        rows.append([*row, spread(wall, 1) if wall else ""])
+    header = ["task", "return", "RPO's minutes to it: median [min, max]", "PPO's", "PPO's minutes for 1M steps"]
+    return markdown(header, rows)
+
+
 def overtaking() -> str:
     """When a run's return while training first exceeds the median of SHAC's last ones, in SHAC's budget of steps.
 
@@ -351,6 +372,7 @@ TABLES = dict(
     overtaking=overtaking,
     mujoco=mujoco,
     mujoco_against_ppo=mujoco_against_ppo,
+    minutes_to_mark=minutes_to_mark,
     mismatch=mismatch,
     softness=softness,
     falls=falls,
