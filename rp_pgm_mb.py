@@ -99,7 +99,9 @@ class Args:
     entropy_coef: float = 0.1
     """initial temperature: weight of the policy's entropy in every reward"""
     learn_entropy_coef: bool = True
-    """adapt the temperature so that the entropy comes to -act_dim"""
+    """adapt the temperature so that the entropy comes to target_entropy"""
+    target_entropy: float | None = None
+    """entropy of the policy, after the tanh, that the temperature aims at; default: -act_dim"""
     actor_hidden: tuple[int, ...] = (128, 128)
     """hidden layers of the policy (the paper: 512 512 512 512)"""
     critic_hidden: tuple[int, ...] = (128, 128)
@@ -146,6 +148,7 @@ class Args:
 DEFAULTS = {
     "InvertedPendulum-v5": dict(total_timesteps=10_000, model_warmup=0, log_std_init=0.0),
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
+    "Hopper-v5": dict(target_entropy=-1.0),  # as MBPO has it (Janner et al. 2019, arXiv 1906.08253)
     "HalfCheetah-v5": dict(total_timesteps=200_000),
     "diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
 }
@@ -627,6 +630,7 @@ if __name__ == "__main__":
     critic_optimizer = adam(critic.parameters(), args.critic_learning_rate)
     model_optimizer = adam(model.parameters(), args.model_learning_rate)
     temperature = nn.ParameterList([torch.tensor(args.entropy_coef).log()]).to(env.device)
+    target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
     temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate)
     shapes = dict(obs=(obs_dim,), u=(act_dim,), log_prob=(), reward=(), final_obs=(obs_dim,))
     if not on_gymnasium:  # what a probe starts the simulator from
@@ -810,7 +814,7 @@ if __name__ == "__main__":
                 follow(average, actor, max(args.policy_average, args.policy_frequency / updates))  # first a plain mean
                 if args.learn_entropy_coef:
                     temperature_optimizer.zero_grad()
-                    (temperature[0].exp() * (entropy.detach() + act_dim)).backward()
+                    (temperature[0].exp() * (entropy.detach() - target_entropy)).backward()
                     temperature_optimizer.step()
             seen["actor_s"].append(time.perf_counter() - tick)
             if len(seen["actor_s"]) % 20 == 1:
