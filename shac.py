@@ -148,8 +148,8 @@ DEFAULTS = {
     ),
     # On MuJoCo's physics the gradient is noisier: smaller steps, and on the running tasks more environments, shorter
     # windows, a critic that knows more of what makes a fall. What hops or walks on two feet did better with longer
-    # windows, a bound on what a sample counts, and diffsim's own softness (but Hopper-v5). All but ant and
-    # humanoid are untried with SHAC, and taken over from rpo_diffsim.py.
+    # windows, a bound on what a sample counts, and diffsim's own softness (but Hopper-v5). Chosen with RPO; only
+    # ant's and humanoid's learning rates are SHAC's own, and Gymnasium's ids are untried with it.
     "ant on mujoco": dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, actor_learning_rate=2e-3, critic_hidden=(128, 128),
         critic_epochs=8, critic_minibatches=8, gamma=0.995, eval_episodes=32,

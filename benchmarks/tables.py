@@ -201,7 +201,7 @@ def minutes_to_mark() -> str:
     return markdown(header, rows)
 
 
-def overtaking() -> str:
+def overtaking(labels=LABELS, suffix="") -> str:
     """When a run's return while training first exceeds the median of SHAC's last ones, in SHAC's budget of steps.
 
     Not in its first tenth: first episodes begin at random times, so the earliest that end are short, and where rewards
@@ -209,17 +209,17 @@ def overtaking() -> str:
     """
     rows = []
     for env in (env for env in tasks() if "-v" not in env):
-        found = runs(env)
-        for script in (s for s in LABELS if s in found and s != "shac" and "shac" in found):
-            goal = np.median([np.nanmean(column(s, "episodic_return")[-5:]) for s in found["shac"]])
-            budget = column(found["shac"][0], "global_step")[-1]
+        found, shac = runs(env), "shac" + suffix
+        for script in (s for s in labels if s in found and s != shac and shac in found):
+            goal = np.median([np.nanmean(column(s, "episodic_return")[-5:]) for s in found[shac]])
+            budget = column(found[shac][0], "global_step")[-1]
             shares = []
             for seed in found[script]:
                 steps = column(seed, "global_step")
                 above = (column(seed, "episodic_return") > goal) & (steps > budget / 10)
                 shares.append(100 * steps[above.argmax()] / budget if above.any() else np.inf)
             text = "never" if min(shares) == np.inf else f"{spread(shares)} %".replace("inf", "never")
-            rows.append([env, LABELS[script], text])
+            rows.append([env, labels[script], text])
     return markdown(["task", "", "steps to SHAC's final return: median [min, max]"], rows)
 
 
@@ -370,6 +370,7 @@ TABLES = dict(
     engines=engines,
     equal_time=equal_time,
     overtaking=overtaking,
+    overtaking_mujoco=lambda: overtaking(ON_MUJOCO, "-mujoco"),
     mujoco=mujoco,
     mujoco_against_ppo=mujoco_against_ppo,
     minutes_to_mark=minutes_to_mark,
