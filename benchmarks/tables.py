@@ -180,7 +180,7 @@ def mujoco_against_ppo() -> str:
     return markdown(["task", "steps, minutes of RPO", "RPO", "PPO after these steps", "PPO after these minutes"], rows)
 
 
-# CleanRL's PPO after 1M steps, and the goal for Ant
+# CleanRL's PPO after 1M steps; a round number for Ant
 PUBLISHED = {"HalfCheetah-v5": 1443, "Hopper-v5": 2383, "Walker2d-v5": 2600, "Ant-v5": 5000}
 
 
