@@ -554,6 +554,8 @@ def check(args: Args):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")
     if not -5 <= args.log_std_init <= 2:
         fail(f"--log-std-init is {args.log_std_init}; it must be between -5 and 2")
+    if args.target_entropy is not None and not np.isfinite(args.target_entropy):
+        fail(f"--target-entropy is {args.target_entropy}; it must be a number, as -act_dim is")
     if args.buffer_size // args.num_envs <= args.unroll or args.learning_starts // args.num_envs <= args.unroll:
         fail(f"--unroll is {args.unroll}; buffer_size and learning_starts, of {args.num_envs} envs, must exceed it")
     if is_gymnasium_id(args.env) and (args.capture_video or args.device != "cpu"):

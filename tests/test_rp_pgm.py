@@ -236,6 +236,13 @@ def test_spectral_norm_after_training(tmp_path):
     assert max(abs(x - 1) for x in values) < 1e-2
 
 
+@pytest.mark.parametrize("target, rises", [(5, True), (-50, False)])
+def test_temperature_follows_the_target_entropy(target, rises, tmp_path):
+    run_rp("--env", "Pendulum-v1", *TINY, "--target-entropy", target, "--stop-after", 40, "--run-dir", tmp_path)
+    checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
+    assert (checkpoint["temperature"]["0"] > np.log(rp.Args.entropy_coef)) == rises
+
+
 @pytest.mark.parametrize("gradient", ["dp", "dr", "lr"])
 def test_every_weight_of_the_policy_is_trained(gradient, tmp_path):
     flags = ["--gradient", gradient, "--stop-after", 40, "--run-dir", tmp_path]
@@ -335,6 +342,7 @@ def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient(
         (["--unroll", -1], "--unroll is -1"),
         (["--unroll", 2000], "--unroll is 2000"),
         (["--log-std-init", "nan"], "--log-std-init is nan"),
+        (["--target-entropy", "nan"], "--target-entropy is nan"),
         (["--policy-average", 0], "--policy-average is 0"),
         (["--update-ratio", 0], "--update-ratio is 0"),
         (["--resume", "nowhere"], "--resume nowhere"),
