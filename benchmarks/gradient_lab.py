@@ -68,6 +68,7 @@ def draw_variance(found: dict):
                 hs, variance = curve(found[env, variant], name, "variance")
                 axis.plot(hs, variance / variance[0], style, color=f"C{i}", marker="o", ms=3, label=NAMES[name] + label)
         axis.axhline(10, color="grey", lw=0.5)
+        axis.plot(hs, hs**2, ":", color="grey", lw=1, label="h²: the sum of h actions' alone")
         axis.set(title=env, xlabel="h", xscale="log", yscale="log", xticks=hs, xticklabels=hs)
         axis.minorticks_off()
     axes[0][0].set_ylabel("variance / variance at h = 1")

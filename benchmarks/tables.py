@@ -257,10 +257,10 @@ def growth_of_variance() -> str:
                 rows.append(
                     [env, "no" if "no-sn" in variant else "yes", NAMES[name], table[name, 1]["count"]]
                     + [f"{at[h]:.3g}" if h in at else "" for h in (2, 4, 8, 16, 32)]
-                    + [f"{growth(hs, variance):.2f}"]
+                    + [" / ".join(f"{at[h] / h**2:.2g}" for h in (16, 32) if h in at), f"{growth(hs, variance):.2f}"]
                 )
     header = ["environment", "SN", "estimator", "probes", *(f"h = {h}" for h in (2, 4, 8, 16, 32))]
-    return markdown([*header, "factor per step, h >= 4"], rows)
+    return markdown([*header, "h = 16 / 32, by h²", "factor per step, h >= 4"], rows)
 
 
 def bias() -> str:
