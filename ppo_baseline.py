@@ -283,6 +283,9 @@ def check(args: Args):
     for name in ("learning_rate", "max_grad_norm", "clip_coef", "target_kl", "desired_kl"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+    for name in ("actor_hidden", "critic_hidden"):
+        if min(getattr(args, name), default=1) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; a layer is at least 1 wide")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")

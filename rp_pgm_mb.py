@@ -549,6 +549,9 @@ def check(args: Args):
     for name in (*rates, "entropy_coef", "policy_average"):
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+    for name in ("actor_hidden", "critic_hidden", "model_hidden", "outcome_hidden"):
+        if min(getattr(args, name), default=1) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; a layer is at least 1 wide")
     for name in ("gamma", "tau", "policy_average"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be between 0 and 1")

@@ -110,6 +110,7 @@ def test_on_mujocos_physics_without_a_graph(tmp_path):
         (["--env", "CartPole-v1"], "Discrete(2)"),
         (["--env", "Pendulum-v1", "--capture-video"], "not for Pendulum-v1"),
         (["--num-envs", 0], "--num-envs is 0"),
+        (["--critic-hidden", 64, 0], "--critic-hidden is (64, 0)"),
         (["--clip-coef", -0.1], "--clip-coef is -0.1"),
         (["--num-minibatches", 100000], "--num-minibatches is 100000"),
         (["--resume", "nowhere"], "--resume nowhere"),

@@ -339,6 +339,7 @@ def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient(
         (["--env", "antt"], "unknown env 'antt'"),
         (["--env", "CartPole-v1"], "Discrete(2)"),
         (["--num-envs", 0], "--num-envs is 0"),
+        (["--critic-hidden", 64, 0], "--critic-hidden is (64, 0)"),
         (["--unroll", -1], "--unroll is -1"),
         (["--unroll", 2000], "--unroll is 2000"),
         (["--log-std-init", "nan"], "--log-std-init is nan"),

@@ -75,6 +75,7 @@ def test_kill_loses_at_most_one_save_interval(tmp_path):
     [
         (["--env", "antt"], "unknown env 'antt'"),
         (["--num-envs", 0], "--num-envs is 0"),
+        (["--critic-hidden", 64, 0], "--critic-hidden is (64, 0)"),
         (["--horizon", 0], "--horizon is 0"),
         (["--actor-learning-rate", -1], "--actor-learning-rate is -1"),
         (["--gamma", 2], "--gamma is 2"),
