@@ -184,6 +184,7 @@ def test_no_sample_counts_more_than_its_bound(script, tmp_path):
         (["--max-action-grad-norm", 0], "--max-action-grad-norm is 0"),
         (["--smoothing", 0], "--smoothing is 0"),
         (["--stiffness", "nan"], "--stiffness is nan"),
+        (["--critic-hidden", 64, 0], "--critic-hidden is (64, 0)"),
         (["--seed", -1], "--seed is -1"),
         (["--update-epochs", 0], "--update-epochs is 0"),
         (["--num-minibatches", 10**6], "--num-minibatches is 1000000, more than"),
