@@ -149,7 +149,7 @@ DEFAULTS = {
     "InvertedPendulum-v5": dict(total_timesteps=10_000, model_warmup=0, log_std_init=0.0),
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
     "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0),  # as MBPO's (Janner et al. 2019, arXiv 1906.08253)
-    "HalfCheetah-v5": dict(total_timesteps=100_000),
+    "HalfCheetah-v5": dict(total_timesteps=200_000),
     "diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
 }
 HORIZONS = (1, 2, 4, 8, 16, 32)  # of a probe
