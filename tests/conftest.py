@@ -1,12 +1,11 @@
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from tests import ROOT
+
 torch.set_num_threads(1)
 
 

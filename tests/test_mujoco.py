@@ -1,8 +1,5 @@
 """MuJoCo's physics with diffsim's derivatives: the value is MuJoCo's, the gradient diffsim's at the same state."""
 
-import subprocess
-import sys
-
 import gymnasium
 import mujoco
 import numpy as np
@@ -12,7 +9,8 @@ import torch
 import diffsim
 from diffsim.mujoco_physics import Follow, jacobian_cosine
 from diffsim.play import playback_env
-from tests.test_shac import ROOT, TINY, rows, shac
+from tests import run_script
+from tests.test_shac import TINY, rows
 
 
 def landed(name, **kwargs):
@@ -118,7 +116,7 @@ def test_mismatch_is_the_engines_difference():
 
 
 def test_shac_trains_on_mujoco_and_logs_the_mismatch(tmp_path):
-    shac(*TINY, "--env", "cheetah", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 2)
+    run_script("shac.py", *TINY, "--env", "cheetah", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 2)
     last = rows(tmp_path)[-1]
     assert float(last["mismatch_joint"]) > 0 and float(last["mismatch_base"]) > 0
     saved = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
@@ -132,8 +130,7 @@ def test_softness_reaches_the_gradient_and_not_the_trajectory(script, tmp_path):
         where = tmp_path / f"{smoothing}"
         flags = [*TINY, "--env", "hopper", "--physics", "mujoco", "--smoothing", smoothing, "--run-dir", where]
         flags += ["--horizon", 16, "--total-timesteps", 10_000, "--stop-after", 1]
-        command = [sys.executable, script, *map(str, flags)]
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
+        run_script(script, *flags)
         found.append(rows(where)[0])
     assert found[0]["value_loss"] == found[1]["value_loss"]  # of the first window: the same rewards
     assert found[0]["grad_norm_before_clip"] != found[1]["grad_norm_before_clip"]

@@ -1,29 +1,17 @@
 """ppo_baseline.py: its small functions against sums written out, and the script as a user runs it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import gymnasium
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import ppo_baseline as ppo  # noqa: E402
-from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id  # noqa: E402
-from tests.test_shac import play, rows  # noqa: E402
+import ppo_baseline as ppo
+from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
+from tests import run_script
+from tests.test_shac import play, rows
 
 TINY = "--no-compile --num-envs 2 --num-steps 4 --update-epochs 2 --num-minibatches 2 --eval-every 0".split()
 TINY += "--eval-episodes 2 --save-every 8 --total-timesteps 4000".split()
-
-
-def run_ppo(*args):
-    command = [sys.executable, "ppo_baseline.py", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def test_gae_against_a_brute_force_sum():
@@ -81,10 +69,10 @@ def test_normalisers_have_the_statistics_of_what_they_saw():
 @pytest.mark.parametrize("env", ["hopper", "Pendulum-v1"])
 def test_same_seed_same_bits_and_resume(env, tmp_path):
     flags = ["--env", env, *TINY]
-    run_ppo(*flags, "--run-dir", tmp_path / "a", "--stop-after", 4)
-    run_ppo(*flags, "--run-dir", tmp_path / "b", "--stop-after", 2)
+    run_script("ppo_baseline.py", *flags, "--run-dir", tmp_path / "a", "--stop-after", 4)
+    run_script("ppo_baseline.py", *flags, "--run-dir", tmp_path / "b", "--stop-after", 2)
     run = next((tmp_path / "b").iterdir())
-    out = run_ppo("--resume", run, "--stop-after", 4).stdout
+    out = run_script("ppo_baseline.py", "--resume", run, "--stop-after", 4)
     a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
     assert len(a) == len(b) == 4 and a[:2] == b[:2]
     assert a == b if env == "hopper" else "episodes start anew" in out
@@ -99,7 +87,9 @@ def test_same_seed_same_bits_and_resume(env, tmp_path):
 
 
 def test_on_mujocos_physics_without_a_graph(tmp_path):
-    out = run_ppo(*TINY, "--env", "cartpole", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 1).stdout
+    out = run_script(
+        "ppo_baseline.py", *TINY, "--env", "cartpole", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 1
+    )
     assert "cartpole" in out and len(rows(tmp_path)) == 1
 
 

@@ -1,30 +1,19 @@
 """rp_pgm_mb.py: its estimators against closed forms and each other, and the script as a user runs it."""
 
 import csv
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import rp_pgm_mb as rp  # noqa: E402
-from tests.test_shac import play, rows  # noqa: E402
+import rp_pgm_mb as rp
+from tests import run_script
+from tests.test_shac import play, rows
 
 TINY = "--no-compile --num-envs 2 --total-timesteps 4000 --learning-starts 20 --model-warmup 24 --batch-size 8".split()
 TINY += "--eval-every 0 --eval-episodes 2 --log-every 2 --save-every 20".split()
 GAMMA, H, OBS, ACT = 0.9, 4, 3, 2
-
-
-def run_rp(*args):
-    command = [sys.executable, "rp_pgm_mb.py", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 class LinearWorld:
@@ -223,7 +212,7 @@ def singular_values(net):
 
 def test_spectral_norm_after_training(tmp_path):
     flags = "--batch-size 64 --model-learning-rate 3e-4 --actor-hidden 64 64 64 --stop-after 150".split()
-    run_rp("--env", "Pendulum-v1", *TINY, *flags, "--run-dir", tmp_path)
+    run_script("rp_pgm_mb.py", "--env", "Pendulum-v1", *TINY, *flags, "--run-dir", tmp_path)
     checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
     args = rp.Args(**checkpoint["args"])
     actor, model = rp.Actor(3, 1, args).eval(), rp.Model(3, 1, args).eval()
@@ -238,7 +227,8 @@ def test_spectral_norm_after_training(tmp_path):
 
 @pytest.mark.parametrize("target, rises", [(5, True), (-50, False)])
 def test_temperature_follows_the_target_entropy(target, rises, tmp_path):
-    run_rp("--env", "Pendulum-v1", *TINY, "--target-entropy", target, "--stop-after", 40, "--run-dir", tmp_path)
+    flags = ["--env", "Pendulum-v1", *TINY, "--target-entropy", target, "--stop-after", 40]
+    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path)
     checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
     assert (checkpoint["temperature"]["0"] > np.log(rp.Args.entropy_coef)) == rises
 
@@ -246,7 +236,7 @@ def test_temperature_follows_the_target_entropy(target, rises, tmp_path):
 @pytest.mark.parametrize("gradient", ["dp", "dr", "lr"])
 def test_every_weight_of_the_policy_is_trained(gradient, tmp_path):
     flags = ["--gradient", gradient, "--stop-after", 40, "--run-dir", tmp_path]
-    run_rp("--env", "Pendulum-v1", *TINY, "--model-warmup", 0, *flags)
+    run_script("rp_pgm_mb.py", "--env", "Pendulum-v1", *TINY, "--model-warmup", 0, *flags)
     checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
     actor = rp.Actor(3, 1, rp.Args(**checkpoint["args"]))
     assert len(checkpoint["actor_optimizer"]["state"]) == len(list(actor.parameters()))
@@ -272,10 +262,10 @@ def test_the_average_follows_the_normalised_weights():
 )
 def test_same_seed_same_bits_and_resume(env, flags, tmp_path):
     flags = ["--env", env, *TINY, *flags]
-    run_rp(*flags, "--run-dir", tmp_path / "a", "--stop-after", 30)
-    run_rp(*flags, "--run-dir", tmp_path / "b", "--stop-after", 17)
+    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "a", "--stop-after", 30)
+    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "b", "--stop-after", 17)
     run = next((tmp_path / "b").iterdir())
-    out = run_rp("--resume", run, "--stop-after", 30).stdout
+    out = run_script("rp_pgm_mb.py", "--resume", run, "--stop-after", 30)
     a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
     assert len(a) == len(b) == 30 and a[:17] == b[:17]
     assert a == b if env == "cartpole" else "episodes start anew" in out
@@ -287,8 +277,10 @@ def test_same_seed_same_bits_and_resume(env, flags, tmp_path):
 
 def test_probe_measures_every_estimator_and_changes_nothing(tmp_path):
     flags = ["--env", "cartpole", *TINY, "--stop-after", 30]
-    run_rp(*flags, "--run-dir", tmp_path / "a")
-    run_rp(*flags, "--run-dir", tmp_path / "b", *"--probe-every 60 --probe-draws 3 --probe-batch 4".split())
+    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "a")
+    run_script(
+        "rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "b", *"--probe-every 60 --probe-draws 3 --probe-batch 4".split()
+    )
     a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
     assert a == b
     with open(next((tmp_path / "b").iterdir()) / "probe.csv") as f:

@@ -1,18 +1,12 @@
 """rpo_diffsim.py: the surrogate against SHAC, a naive gradient and a closed form; the script as a user runs it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import diffsim
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import rpo_diffsim as rpo  # noqa: E402
-from tests.test_shac import TINY, rows  # noqa: E402
+import rpo_diffsim as rpo
+from tests import run_script
+from tests.test_shac import TINY, rows
 
 
 @pytest.mark.parametrize("state_dependent", [False, True])
@@ -138,13 +132,6 @@ def test_proposition_1_on_a_linear_quadratic_problem():
         assert error < 0.01 and abs(float(ours - exact)) < 4 * error
 
 
-def run(*args):
-    command = [sys.executable, "rpo_diffsim.py", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def numbers(folder):
     timing = ("simulate_s", "policy_s", "critic_s")
     return [{k: v for k, v in r.items() if k not in timing} for r in rows(folder)]
@@ -152,10 +139,10 @@ def numbers(folder):
 
 def test_same_seed_same_bits_and_resume_is_exact(tmp_path):
     small = [*TINY, "--env", "hopper", "--num-minibatches", 2, "--state-dependent-std", "--entropy-coef", 0.1]
-    run(*small, "--run-dir", tmp_path / "a", "--stop-after", 4)
-    run(*small, "--run-dir", tmp_path / "b", "--stop-after", 2)
-    run("--resume", next((tmp_path / "b").iterdir()), "--stop-after", 4)
-    run(*small, "--run-dir", tmp_path / "c", "--stop-after", 4, "--seed", 2)
+    run_script("rpo_diffsim.py", *small, "--run-dir", tmp_path / "a", "--stop-after", 4)
+    run_script("rpo_diffsim.py", *small, "--run-dir", tmp_path / "b", "--stop-after", 2)
+    run_script("rpo_diffsim.py", "--resume", next((tmp_path / "b").iterdir()), "--stop-after", 4)
+    run_script("rpo_diffsim.py", *small, "--run-dir", tmp_path / "c", "--stop-after", 4, "--seed", 2)
     a, b, c = (numbers(tmp_path / x) for x in "abc")
     assert len(a) == 4 and a == b and a != c
     program = torch.export.load(next((tmp_path / "b").iterdir()) / "policy.pt2")
@@ -170,8 +157,7 @@ def test_no_sample_counts_more_than_its_bound(script, tmp_path):
         where = tmp_path / str(bound)
         flags = [*TINY, "--env", "hopper", "--max-action-grad-norm", bound, "--run-dir", where, "--stop-after", 1]
         flags += ["--update-epochs", 1] if script == "rpo_diffsim.py" else []
-        command = [sys.executable, script, *map(str, flags)]
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
+        run_script(script, *flags)
         norms.append(float(rows(where)[0]["grad_norm_before_clip"]))
     assert norms[0] == pytest.approx(10 * norms[1], rel=1e-2) and norms[1] > 0
 

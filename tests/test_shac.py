@@ -11,16 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from tests import ROOT, run_script
+
 TINY = "--no-compile --num-envs 2 --horizon 2 --critic-epochs 1 --eval-every 0 --eval-episodes 2 --save-every 4".split()
-
-
-def shac(*args):
-    command = [sys.executable, "shac.py", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def rows(folder):
@@ -41,11 +34,11 @@ SAPO = (
 
 @pytest.mark.parametrize("flags", [[], SAPO], ids=["shac", "sapo"])
 def test_same_seed_same_bits_and_resume_is_exact(flags, tmp_path):
-    shac(*TINY, *flags, *short_episodes(tmp_path / "a"), "--stop-after", 4)
-    shac(*TINY, *flags, *short_episodes(tmp_path / "b"), "--stop-after", 2)
+    run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "a"), "--stop-after", 4)
+    run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "b"), "--stop-after", 2)
     run = next((tmp_path / "b").iterdir())
-    shac("--resume", run, "--stop-after", 4)
-    shac(*TINY, *flags, *short_episodes(tmp_path / "c"), "--stop-after", 4, "--seed", 2)
+    run_script("shac.py", "--resume", run, "--stop-after", 4)
+    run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "c"), "--stop-after", 4, "--seed", 2)
     a, b, c = (rows(tmp_path / x) for x in "abc")
     assert len(a) == 4 and a == b and a != c
     one, two = (torch.load(next((tmp_path / x).iterdir()) / "checkpoint.pt", weights_only=True) for x in "ab")
@@ -66,7 +59,7 @@ def test_kill_loses_at_most_one_save_interval(tmp_path):
     process.wait()
     run = next(tmp_path.iterdir())
     step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
-    shac("--resume", run, "--stop-after", step // 4 + 1)
+    run_script("shac.py", "--resume", run, "--stop-after", step // 4 + 1)
     assert int(rows(tmp_path)[-1]["global_step"]) == step + 4
 
 
@@ -155,7 +148,7 @@ def test_ctrl_c_saves_and_can_be_resumed(tmp_path):
     run = next(tmp_path.iterdir())
     done = torch.load(run / "checkpoint.pt", weights_only=True)["iteration"]
     assert len(rows(tmp_path)) == done and (run / "policy.pt2").exists()
-    shac("--resume", run, "--stop-after", done + 1)
+    run_script("shac.py", "--resume", run, "--stop-after", done + 1)
     assert len(rows(tmp_path)) == done + 1
 
 
@@ -167,7 +160,7 @@ def play(*args, expect=0, **env):
 
 
 def test_play_evaluates_on_both_engines_and_renders(tmp_path):
-    shac(*TINY, *short_episodes(tmp_path), "--env", "hopper", "--stop-after", 1)
+    run_script("shac.py", *TINY, *short_episodes(tmp_path), "--env", "hopper", "--stop-after", 1)
     run = next(tmp_path.iterdir())
     for physics in ("diffsim", "mujoco"):
         out = play(run, "--episodes", 2, "--physics", physics).stdout

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -15,8 +14,8 @@ from gymnasium.utils.env_checker import check_env
 
 import diffsim
 from diffsim.play import playback_env, starts
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 NAMES = list(diffsim.TASKS)
 SIZES = dict(cartpole=(5, 1), hopper=(11, 3), cheetah=(17, 6), walker=(17, 6), ant=(37, 8))
 SIZES |= dict(anymal=(49, 12), humanoid=(76, 21))
