@@ -4,6 +4,7 @@ import contextlib
 import io
 import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,3 +24,11 @@ def run_script(script: str, *args) -> str:
         sys.argv = argv
         signal.signal(signal.SIGINT, handler)  # the scripts have their own
     return printed.getvalue()
+
+
+def run_fresh(script: str, *args) -> str:
+    """The same in a process of its own, as a run is resumed: nothing is left of the one before."""
+    command = [sys.executable, script, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

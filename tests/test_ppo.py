@@ -7,7 +7,7 @@ import torch
 
 import ppo_baseline as ppo
 from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
-from tests import run_script
+from tests import run_fresh, run_script
 from tests.test_shac import play, rows
 
 TINY = "--no-compile --num-envs 2 --num-steps 4 --update-epochs 2 --num-minibatches 2 --eval-every 0".split()
@@ -72,7 +72,7 @@ def test_same_seed_same_bits_and_resume(env, tmp_path):
     run_script("ppo_baseline.py", *flags, "--run-dir", tmp_path / "a", "--stop-after", 4)
     run_script("ppo_baseline.py", *flags, "--run-dir", tmp_path / "b", "--stop-after", 2)
     run = next((tmp_path / "b").iterdir())
-    out = run_script("ppo_baseline.py", "--resume", run, "--stop-after", 4)
+    out = run_fresh("ppo_baseline.py", "--resume", run, "--stop-after", 4)
     a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
     assert len(a) == len(b) == 4 and a[:2] == b[:2]
     assert a == b if env == "hopper" else "episodes start anew" in out
@@ -87,9 +87,8 @@ def test_same_seed_same_bits_and_resume(env, tmp_path):
 
 
 def test_on_mujocos_physics_without_a_graph(tmp_path):
-    out = run_script(
-        "ppo_baseline.py", *TINY, "--env", "cartpole", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 1
-    )
+    flags = [*TINY, "--env", "cartpole", "--physics", "mujoco", "--run-dir", tmp_path]
+    out = run_script("ppo_baseline.py", *flags, "--stop-after", 1)
     assert "cartpole" in out and len(rows(tmp_path)) == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rp_pgm_mb as rp
-from tests import run_script
+from tests import run_fresh, run_script
 from tests.test_shac import play, rows
 
 TINY = "--no-compile --num-envs 2 --total-timesteps 4000 --learning-starts 20 --model-warmup 24 --batch-size 8".split()
@@ -265,7 +265,7 @@ def test_same_seed_same_bits_and_resume(env, flags, tmp_path):
     run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "a", "--stop-after", 30)
     run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "b", "--stop-after", 17)
     run = next((tmp_path / "b").iterdir())
-    out = run_script("rp_pgm_mb.py", "--resume", run, "--stop-after", 30)
+    out = run_fresh("rp_pgm_mb.py", "--resume", run, "--stop-after", 30)
     a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
     assert len(a) == len(b) == 30 and a[:17] == b[:17]
     assert a == b if env == "cartpole" else "episodes start anew" in out
@@ -278,9 +278,8 @@ def test_same_seed_same_bits_and_resume(env, flags, tmp_path):
 def test_probe_measures_every_estimator_and_changes_nothing(tmp_path):
     flags = ["--env", "cartpole", *TINY, "--stop-after", 30]
     run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "a")
-    run_script(
-        "rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "b", *"--probe-every 60 --probe-draws 3 --probe-batch 4".split()
-    )
+    probe = "--probe-every 60 --probe-draws 3 --probe-batch 4".split()
+    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "b", *probe)
     a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
     assert a == b
     with open(next((tmp_path / "b").iterdir()) / "probe.csv") as f:

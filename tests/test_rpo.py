@@ -5,7 +5,7 @@ import torch
 
 import diffsim
 import rpo_diffsim as rpo
-from tests import run_script
+from tests import run_fresh, run_script
 from tests.test_shac import TINY, rows
 
 
@@ -141,7 +141,7 @@ def test_same_seed_same_bits_and_resume_is_exact(tmp_path):
     small = [*TINY, "--env", "hopper", "--num-minibatches", 2, "--state-dependent-std", "--entropy-coef", 0.1]
     run_script("rpo_diffsim.py", *small, "--run-dir", tmp_path / "a", "--stop-after", 4)
     run_script("rpo_diffsim.py", *small, "--run-dir", tmp_path / "b", "--stop-after", 2)
-    run_script("rpo_diffsim.py", "--resume", next((tmp_path / "b").iterdir()), "--stop-after", 4)
+    run_fresh("rpo_diffsim.py", "--resume", next((tmp_path / "b").iterdir()), "--stop-after", 4)
     run_script("rpo_diffsim.py", *small, "--run-dir", tmp_path / "c", "--stop-after", 4, "--seed", 2)
     a, b, c = (numbers(tmp_path / x) for x in "abc")
     assert len(a) == 4 and a == b and a != c

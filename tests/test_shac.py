@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import ROOT, run_script
+from tests import ROOT, run_fresh, run_script
 
 TINY = "--no-compile --num-envs 2 --horizon 2 --critic-epochs 1 --eval-every 0 --eval-episodes 2 --save-every 4".split()
 
@@ -37,7 +37,7 @@ def test_same_seed_same_bits_and_resume_is_exact(flags, tmp_path):
     run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "a"), "--stop-after", 4)
     run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "b"), "--stop-after", 2)
     run = next((tmp_path / "b").iterdir())
-    run_script("shac.py", "--resume", run, "--stop-after", 4)
+    run_fresh("shac.py", "--resume", run, "--stop-after", 4)
     run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "c"), "--stop-after", 4, "--seed", 2)
     a, b, c = (rows(tmp_path / x) for x in "abc")
     assert len(a) == 4 and a == b and a != c
@@ -59,7 +59,7 @@ def test_kill_loses_at_most_one_save_interval(tmp_path):
     process.wait()
     run = next(tmp_path.iterdir())
     step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
-    run_script("shac.py", "--resume", run, "--stop-after", step // 4 + 1)
+    run_fresh("shac.py", "--resume", run, "--stop-after", step // 4 + 1)
     assert int(rows(tmp_path)[-1]["global_step"]) == step + 4
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_saves_and_can_be_resumed(tmp_path):
     run = next(tmp_path.iterdir())
     done = torch.load(run / "checkpoint.pt", weights_only=True)["iteration"]
     assert len(rows(tmp_path)) == done and (run / "policy.pt2").exists()
-    run_script("shac.py", "--resume", run, "--stop-after", done + 1)
+    run_fresh("shac.py", "--resume", run, "--stop-after", done + 1)
     assert len(rows(tmp_path)) == done + 1
 
 
