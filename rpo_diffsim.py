@@ -161,8 +161,8 @@ DEFAULTS = {
         num_envs=512, horizon=8, actor_learning_rate=1e-3, critic_hidden=(128, 128), eval_episodes=32,
     ),
     "hopper on mujoco": dict(
-        horizon=16, actor_learning_rate=1e-3, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
-        eval_episodes=32,
+        horizon=16, kl_coef=1.0, actor_learning_rate=1e-3, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4,
+        smoothing=1.0, eval_episodes=32,
     ),
     "walker on mujoco": dict(
         horizon=16, actor_learning_rate=1e-3, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
@@ -177,8 +177,8 @@ DEFAULTS = {
         physics="mujoco", total_timesteps=1_000_000, horizon=4, actor_learning_rate=1e-3, eval_episodes=10,
     ),
     "Hopper-v5": dict(
-        physics="mujoco", total_timesteps=2_000_000, horizon=8, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
-        gamma=0.995, eval_episodes=10,
+        physics="mujoco", total_timesteps=2_000_000, horizon=8, kl_coef=1.0, actor_learning_rate=1e-3,
+        max_action_grad_norm=3.0, gamma=0.995, eval_episodes=10,
     ),
     "Walker2d-v5": dict(
         physics="mujoco", total_timesteps=2_000_000, horizon=32, actor_learning_rate=1e-3, max_action_grad_norm=3.0,
