@@ -223,6 +223,29 @@ def overtaking(labels=LABELS, suffix="") -> str:
     return markdown(["task", "", "steps to SHAC's final return: median [min, max]"], rows)
 
 
+def weight_of_kl() -> str:
+    """RPO on MuJoCo's physics with either weight of the KL, where both were run."""
+    rows, played = [], replays()
+    for env in tasks():
+        found = runs(env)
+        for variant in sorted(found):
+            if not (match := re.fullmatch(r"(rpo_diffsim(?:-mujoco)?)-kl-(0\.25|1)", variant)):
+                continue
+            base, weight = match.groups()
+            default = {"0.25": "1", "1": "0.25"}[weight]
+            for script, coef in sorted([(variant, weight), (base, f"{default} (default)")], key=lambda x: x[1]):
+                seeds = found[script]
+                kl = spread([np.nanmedian(column(s, "approx_kl")) for s in seeds], 3)
+                evaluations = [(x := column(s, "eval_return"))[~np.isnan(x)] for s in seeds]
+                second_half = [x[len(x) // 2 - 1 :] for x in evaluations]
+                moments = [[f(x) for x in second_half] for f in (lambda x: x[0], min, lambda x: x[-1])]
+                physics = "gymnasium" if "-v" in env else "mujoco"
+                final = [float(r["return_mean"]) for r in played_on(played, env, script, physics)]
+                rows.append([env, coef, len(seeds), kl, *map(spread, moments), spread(final)])
+    header = ["task", "`--kl-coef`", "seeds", "KL of a window", "return half-way", "lowest since", "at the end"]
+    return markdown([*header, "10 more episodes"], rows)
+
+
 def model_based() -> str:
     """rp_pgm_mb.py's runs, and PPO's return while training after as many steps."""
     rows = []
@@ -374,6 +397,7 @@ TABLES = dict(
     mujoco=mujoco,
     mujoco_against_ppo=mujoco_against_ppo,
     minutes_to_mark=minutes_to_mark,
+    kl=weight_of_kl,
     mismatch=mismatch,
     softness=softness,
     falls=falls,
