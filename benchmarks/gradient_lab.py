@@ -1,9 +1,9 @@
 """Variance and bias of policy-gradient estimators, from what `rp_pgm_mb.py --probe-every N` measured.
 
     python benchmarks/train.py --envs Hopper-v5 --scripts rp_pgm_mb --seeds 1 --tag lab \\
-        --flags="--target-entropy -3 --total-timesteps 30000 --probe-every 10000"
+        --flags="--total-timesteps 30000 --probe-every 10000"
     python benchmarks/train.py --envs Hopper-v5 --scripts rp_pgm_mb --seeds 1 --tag lab-no-sn \\
-        --flags="--target-entropy -3 --total-timesteps 30000 --no-spectral-norm --probe-every 10000"
+        --flags="--total-timesteps 30000 --no-spectral-norm --probe-every 10000"
     python benchmarks/gradient_lab.py
 
 reads results/probes/<env>__rp_pgm_mb-lab*__<seed>.csv and draws results/gradient_variance.png: variance against h, with
