@@ -4,6 +4,12 @@
         --flags="--total-timesteps 30000 --probe-every 10000"
     python benchmarks/train.py --envs Hopper-v5 --scripts rp_pgm_mb --seeds 1 --tag lab-no-sn \\
         --flags="--total-timesteps 30000 --no-spectral-norm --probe-every 10000"
+    python benchmarks/train.py --envs InvertedDoublePendulum-v5 --scripts rp_pgm_mb --seeds 1 --tag lab \\
+        --flags="--total-timesteps 12000 --probe-every 6000"
+    python benchmarks/train.py --envs InvertedDoublePendulum-v5 --scripts rp_pgm_mb --seeds 1 --tag lab-no-sn \\
+        --flags="--total-timesteps 12000 --no-spectral-norm --probe-every 6000"
+    python benchmarks/train.py --envs hopper --scripts rp_pgm_mb --seeds 1 --tag lab \\
+        --flags="--total-timesteps 20000 --probe-every 10000"
     python benchmarks/gradient_lab.py
 
 reads results/probes/<env>__rp_pgm_mb-lab*__<seed>.csv and draws results/gradient_variance.png: variance against h, with
