@@ -301,6 +301,20 @@ def bias() -> str:
     return markdown(["environment", "SN", "bias / deviation", *(f"h = {h}" for h in (1, 2, 4, 8, 16, 32))], rows)
 
 
+def parts() -> str:
+    """The h + 1 actions' parts of the gradient, and their sum, against h = 1."""
+    with open(RESULTS / "gradient_parts.csv") as f:
+        measured = list(csv.DictReader(f))
+    rows = []
+    for env, sn in dict.fromkeys((r["env"], r["spectral_norm"]) for r in measured):
+        run = [r for r in measured if (r["env"], r["spectral_norm"]) == (env, sn)]
+        for name in ("first part", "mean part", "variance"):
+            values = [float(r[name.replace(" ", "_")]) for r in run]
+            label = dict(variance="sum of the parts").get(name, name)
+            rows.append([env, "yes" if sn == "True" else "no", label, *(f"{x / values[0]:.3g}" for x in values[1:])])
+    return markdown(["environment", "SN", "variance of", *(f"h = {r['h']}" for r in run[1:])], rows)
+
+
 def mismatch() -> str:
     with open(RESULTS / "mismatch.csv") as f:
         rows = list(csv.DictReader(f))
@@ -389,6 +403,7 @@ TABLES = dict(
     model=model_based,
     variance=growth_of_variance,
     bias=bias,
+    parts=parts,
     budgets=budgets,
     engines=engines,
     equal_time=equal_time,
