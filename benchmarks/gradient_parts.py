@@ -1,6 +1,9 @@
 """What the variance of an h-step policy gradient is made of: the parts of its h + 1 actions.
 
     python rp_pgm_mb.py --env InvertedDoublePendulum-v5 --total-timesteps 12000 --run-dir runs/parts
+    python rp_pgm_mb.py --env InvertedDoublePendulum-v5 --total-timesteps 12000 --no-spectral-norm --run-dir runs/parts
+    python rp_pgm_mb.py --env Hopper-v5 --total-timesteps 20000 --run-dir runs/parts
+    python rp_pgm_mb.py --env Hopper-v5 --total-timesteps 20000 --no-spectral-norm --run-dir runs/parts
     python benchmarks/gradient_parts.py runs/parts/*
 
 The gradient of the expansion is a sum over its actions, each with its own effect on all that follows. As many copies of
