@@ -1,14 +1,14 @@
-"""Variance and bias of policy-gradient estimators, from what `rp_pgm_mb.py --probe-every N` measured.
+r"""Variance and bias of policy-gradient estimators, from what `rp_pgm_mb.py --probe-every N` measured.
 
-    python benchmarks/train.py --envs Hopper-v5 --scripts rp_pgm_mb --seeds 1 --tag lab \\
+    python benchmarks/train.py --envs Hopper-v5 --scripts rp_pgm_mb --seeds 1 --tag lab \
         --flags="--total-timesteps 30000 --probe-every 10000"
-    python benchmarks/train.py --envs Hopper-v5 --scripts rp_pgm_mb --seeds 1 --tag lab-no-sn \\
+    python benchmarks/train.py --envs Hopper-v5 --scripts rp_pgm_mb --seeds 1 --tag lab-no-sn \
         --flags="--total-timesteps 30000 --no-spectral-norm --probe-every 10000"
-    python benchmarks/train.py --envs InvertedDoublePendulum-v5 --scripts rp_pgm_mb --seeds 1 --tag lab \\
+    python benchmarks/train.py --envs InvertedDoublePendulum-v5 --scripts rp_pgm_mb --seeds 1 --tag lab \
         --flags="--total-timesteps 12000 --probe-every 6000"
-    python benchmarks/train.py --envs InvertedDoublePendulum-v5 --scripts rp_pgm_mb --seeds 1 --tag lab-no-sn \\
+    python benchmarks/train.py --envs InvertedDoublePendulum-v5 --scripts rp_pgm_mb --seeds 1 --tag lab-no-sn \
         --flags="--total-timesteps 12000 --no-spectral-norm --probe-every 6000"
-    python benchmarks/train.py --envs hopper --scripts rp_pgm_mb --seeds 1 --tag lab \\
+    python benchmarks/train.py --envs hopper --scripts rp_pgm_mb --seeds 1 --tag lab \
         --flags="--total-timesteps 20000 --probe-every 10000"
     python benchmarks/gradient_lab.py
 
@@ -28,24 +28,33 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
+DRAWS = 32  # of a probe, rp_pgm_mb.py's default
 NAMES = dict(dp="DP (FMG)", dr="DR (MVG)", lr="LR (FMG)", mfg="score function (MFG)", true="through the simulator")
 
 
 def probes() -> dict[tuple[str, str], dict[tuple[str, int], dict[str, float]]]:
-    """{(env, variant): {(estimator, h): numbers}}: geometric means over the run's probes and seeds (median of bias)."""
+    """{(env, variant): {(estimator, h): numbers}}: geometric means over the run's probes and seeds (median of bias).
+
+    The norm of the mean of DRAWS draws contains their noise, which is taken off; where nothing is left, bias is nan.
+    """
     found: dict = defaultdict(lambda: defaultdict(list))
     for path in sorted((RESULTS / "probes").glob("*__rp_pgm_mb-lab*__*.csv")):
         env, script, _ = path.stem.split("__")
         with open(path) as f:
-            for r in csv.DictReader(f):
-                found[env, script.removeprefix("rp_pgm_mb-")][r["estimator"], int(r["h"])].append(r)
+            rows = list(csv.DictReader(f))
+        noise = {(r["global_step"], r["h"]): float(r["variance"]) / DRAWS for r in rows if r["estimator"] == "true"}
+        for r in rows:
+            if r["bias"]:
+                norm = float(r["true_norm"]) ** 2 - noise[r["global_step"], r["h"]]
+                r["true_norm"] = norm**0.5 if norm > 0 else np.nan
+            found[env, script.removeprefix("rp_pgm_mb-")][r["estimator"], int(r["h"])].append(r)
 
     def summary(rows):
         numbers = dict(count=len(rows), variance=np.exp(np.mean([np.log(float(r["variance"])) for r in rows])))
         if rows[0]["bias"]:
             numbers |= dict(
-                bias=np.median([float(r["bias"]) / float(r["true_norm"]) for r in rows]),
-                deviation=np.median([float(r["variance"]) ** 0.5 / float(r["true_norm"]) for r in rows]),
+                bias=np.median([float(r["bias"]) / r["true_norm"] for r in rows]),
+                deviation=np.median([float(r["variance"]) ** 0.5 / r["true_norm"] for r in rows]),
             )
         return numbers
 
@@ -74,7 +83,7 @@ def draw_variance(found: dict):
                 hs, variance = curve(found[env, variant], name, "variance")
                 axis.plot(hs, variance / variance[0], style, color=f"C{i}", marker="o", ms=3, label=NAMES[name] + label)
         axis.axhline(10, color="grey", lw=0.5)
-        axis.plot(hs, hs**2, ":", color="grey", lw=1, label="h²: the sum of h actions' alone")
+        axis.plot(hs, ((hs + 1) / 2) ** 2, ":", color="grey", lw=1, label="more parts, equal ones")
         axis.set(title=env, xlabel="h", xscale="log", yscale="log", xticks=hs, xticklabels=hs)
         axis.minorticks_off()
     axes[0][0].set_ylabel("variance / variance at h = 1")

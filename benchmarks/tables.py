@@ -277,13 +277,14 @@ def growth_of_variance() -> str:
             hs, variance = curve(table, name, "variance")
             if len(hs):
                 at = dict(zip(hs, variance / variance[0]))
+                by_equal_parts = " / ".join(f"{at[h] / ((h + 1) / 2) ** 2:.2g}" for h in (16, 32) if h in at)
                 rows.append(
                     [env, "no" if "no-sn" in variant else "yes", NAMES[name], table[name, 1]["count"]]
                     + [f"{at[h]:.3g}" if h in at else "" for h in (2, 4, 8, 16, 32)]
-                    + [" / ".join(f"{at[h] / h**2:.2g}" for h in (16, 32) if h in at), f"{growth(hs, variance):.2f}"]
+                    + [by_equal_parts, f"{growth(hs, variance):.2f}"]
                 )
     header = ["environment", "SN", "estimator", "probes", *(f"h = {h}" for h in (2, 4, 8, 16, 32))]
-    return markdown([*header, "h = 16 / 32, by h²", "factor per step, h >= 4"], rows)
+    return markdown([*header, "h = 16 / 32, by ((h + 1) / 2)²", "factor per step, h >= 4"], rows)
 
 
 def bias() -> str:
@@ -295,24 +296,32 @@ def bias() -> str:
             if len(hs):
                 _, distance = curve(table, name, "bias")
                 cells = [
-                    f"{b:.2f} / {d:.2f}" if name != "true" else f"- / {d:.2f}" for b, d in zip(distance, deviation)
+                    "" if np.isnan(d) else f"- / {d:.2f}" if name == "true" else f"{b:.2f} / {d:.2f}"
+                    for b, d in zip(distance, deviation)
                 ]
                 rows.append([env, "no" if "no-sn" in variant else "yes", NAMES[name], *cells])
     return markdown(["environment", "SN", "bias / deviation", *(f"h = {h}" for h in (1, 2, 4, 8, 16, 32))], rows)
 
 
 def parts() -> str:
-    """The h + 1 actions' parts of the gradient, and their sum, against h = 1."""
+    """The h + 1 actions' parts of the gradient, and their sum."""
     with open(RESULTS / "gradient_parts.csv") as f:
         measured = list(csv.DictReader(f))
     rows = []
     for env, sn in dict.fromkeys((r["env"], r["spectral_norm"]) for r in measured):
         run = [r for r in measured if (r["env"], r["spectral_norm"]) == (env, sn)]
-        for name in ("first part", "mean part", "variance"):
-            values = [float(r[name.replace(" ", "_")]) for r in run]
-            label = dict(variance="sum of the parts").get(name, name)
-            rows.append([env, "yes" if sn == "True" else "no", label, *(f"{x / values[0]:.3g}" for x in values[1:])])
-    return markdown(["environment", "SN", "variance of", *(f"h = {r['h']}" for r in run[1:])], rows)
+        h, total, mean, first = (
+            np.array([float(r[k]) for r in run]) for k in ("h", "variance", "mean_part", "first_part")
+        )
+        lines = {
+            "variance of the first part": (first / first[0])[1:],
+            "mean variance of a part": (mean / mean[0])[1:],
+            "variance of the sum": (total / total[0])[1:],
+            "how alike the parts are, 1 to h + 1": (total / ((h + 1) * mean))[1:],
+        }
+        for name, values in lines.items():
+            rows.append([env, "yes" if sn == "True" else "no", name, *(f"{x:.3g}" for x in values)])
+    return markdown(["environment", "SN", "", *(f"h = {r['h']}" for r in run[1:])], rows)
 
 
 def mismatch() -> str:
