@@ -3,9 +3,9 @@
 import diffsim
 
 if __name__ == "__main__":
-    print(f"{'env':14s} {'obs':>4s} {'act':>4s} {'control step':>13s} {'substeps':>9s} {'episode':>8s}")
-    for name in diffsim.TASKS:
+    print(f"{'env':14s} {'obs':>4s} {'act':>4s} {'control step':>13s} {'substeps':>9s} {'episode':>8s}  physics")
+    for name, task in diffsim.TASKS.items():
         env = diffsim.make(name, compile=False)
         obs, act = env.single_observation_space.shape[0], env.single_action_space.shape[0]
         step = f"1/{1 / env.control_dt:.0f} s"
-        print(f"{name:14s} {obs:4d} {act:4d} {step:>13s} {env.substeps:9d} {env.max_episode_steps:8d}")
+        print(f"{name:14s} {obs:4d} {act:4d} {step:>13s} {env.substeps:9d} {env.max_episode_steps:8d}  {task.physics}")

@@ -17,9 +17,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from diffsim.dynamics import actuator_force
 from diffsim.model import SelfCollisionWarning, Softness, load_model
 from diffsim.mujoco_physics import MujocoPhysics
+from diffsim.numpy_env import NumpyVectorEnv
 from diffsim.physics import DiffsimPhysics
 from diffsim.tasks import Task
 
@@ -51,7 +51,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             self.model = load_model(
                 task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness()
             )
-        self.device, self.dtype = self.model.device, dtype
+        self.mj_model, self.device, self.dtype = self.model.mj_model, self.model.device, dtype
         differentiable = partial(DiffsimPhysics, self.model, task.substeps, num_envs, compile)
         if physics == "mujoco":
             self.physics = MujocoPhysics(self.model, task.substeps, differentiable, task.own_integrator)
@@ -88,11 +88,17 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self.episode_return = qpos.new_zeros(self.num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
-        """Start every episode anew: observation (B, obs_dim) without gradient."""
+        """Start every episode anew: observation (B, obs_dim) without gradient.
+
+        options: {"stagger": True} lets these first episodes begin at random times, so that they do not all end in
+        the same step later on.
+        """
         if seed is not None:
             self._generator.manual_seed(seed)
             self._starts = [x[:, :0] for x in self._starts]
         self._start(*self._fresh(self.num_envs))
+        if (options or {}).get("stagger"):
+            self.episode_length.random_(0, self.max_episode_steps, generator=self._generator)
         return self._observe(self.qpos, self.qvel, self.last_action), {}
 
     def _observe(self, qpos, qvel, action) -> Tensor:
@@ -113,11 +119,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"action has shape {tuple(action.shape)}, expected {(self.num_envs, self.model.nu)}")
         action = torch.clamp(action, -1.0, 1.0).T  # (nu, B)
         ctrl = self.ctrl(action)
-        force = actuator_force(self.model, ctrl)
-        if isinstance(self.physics, MujocoPhysics):
-            qpos, qvel = self.physics.step(self.qpos, self.qvel, ctrl, force)
-        else:
-            qpos, qvel = self.physics.step(self.qpos, self.qvel, force)
+        qpos, qvel = self.physics.step(self.qpos, self.qvel, ctrl)
         self.episode_length = self.episode_length + 1
 
         nonfinite = ~(torch.isfinite(qpos).all(0) & (qvel.detach().abs().amax(0) < EXPLODED))
@@ -169,9 +171,16 @@ class DiffEnv(gymnasium.vector.VectorEnv):
 
     def numpy(self) -> gymnasium.vector.VectorEnv:
         """This environment on NumPy arrays, detached, for third-party code."""
-        from diffsim.numpy_env import NumpyVectorEnv
-
         return NumpyVectorEnv(self)
+
+    def diagnostics(self) -> dict[str, float]:
+        """What the engine has to say of its last step, by TensorBoard tag: the mismatch of MuJoCo and diffsim."""
+        mismatch = getattr(self.physics, "mismatch", None)
+        if mismatch is None:
+            return {}
+        return {
+            "physics/mismatch_joint": mismatch.joint_angle(), "physics/mismatch_base": mismatch.base_velocity()
+        }  # fmt: skip
 
     def get_state(self) -> dict[str, Tensor]:
         """Everything that decides the future: physics, counters, random generator."""
@@ -189,3 +198,5 @@ class DiffEnv(gymnasium.vector.VectorEnv):
                 setattr(self, name, value.to(self.device).clone())
         self._starts = [state[n].to(self.device).clone() for n in ("start_qpos", "start_qvel")]
         self._generator.set_state(state["generator"].cpu())
+
+    state_dict, load_state_dict = get_state, set_state

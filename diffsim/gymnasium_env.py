@@ -1,6 +1,7 @@
 """Any Gymnasium environment behind DiffEnv's interface: tensors in and out, no gradients."""
 
 import gymnasium
+import mujoco
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -32,7 +33,11 @@ class GymnasiumEnv:
                 raise ValueError(f"env '{name}' has the space {space}; vectors of numbers (Box) are supported")
         self.name, self.num_envs, self.seed = name, num_envs, seed
         self.device = torch.device("cpu")
-        self.max_episode_steps = self.envs.envs[0].spec.max_episode_steps or 1000
+        first = self.envs.envs[0]
+        self.max_episode_steps = first.spec.max_episode_steps or 1000
+        robot = getattr(first.unwrapped, "model", None)
+        self.mj_model = robot if isinstance(robot, mujoco.MjModel) else None  # None: cannot be drawn
+        self.control_dt = getattr(first.unwrapped, "dt", None)
         self._start()
 
     def _start(self):
@@ -40,11 +45,27 @@ class GymnasiumEnv:
         self.episode_length = np.zeros(self.num_envs, np.int64)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
-        """Start every episode anew: observation (B, obs_dim), float32."""
+        """Start every episode anew: observation (B, obs_dim), float32. Options are diffsim's, and mean nothing here."""
         obs, _ = self.envs.reset(seed=seed if seed is not None else self.seed)
         self.seed = None  # later resets go on with the environments' own random numbers
         self._start()
-        return torch.from_numpy(obs.astype(np.float32)), {}
+        self.obs = torch.from_numpy(obs.astype(np.float32))
+        return self.obs, {}
+
+    def detach(self) -> Tensor:
+        """The current observation."""
+        return self.obs
+
+    def state_dict(self) -> dict:
+        """Nothing: what a Gymnasium environment remembers cannot be read."""
+        return {}
+
+    def load_state_dict(self, state: dict):
+        print(f"{self.name} cannot be saved: its episodes start anew, everything else goes on")
+        self.reset()
+
+    def diagnostics(self) -> dict[str, float]:
+        return {}
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """action (B, act_dim) -> obs (B, obs_dim), reward, terminated, truncated (B,), info."""
@@ -69,7 +90,8 @@ class GymnasiumEnv:
             self.episode_return = np.where(done, 0.0, self.episode_return)
             self.episode_length = np.where(done, 0, self.episode_length)
         info["final_obs"] = torch.from_numpy(final_obs.astype(np.float32))
+        self.obs = torch.from_numpy(obs.astype(np.float32))
         return (
-            torch.from_numpy(obs.astype(np.float32)), torch.from_numpy(reward.astype(np.float32)),
+            self.obs, torch.from_numpy(reward.astype(np.float32)),
             torch.from_numpy(terminated), torch.from_numpy(truncated), info,
         )  # fmt: skip

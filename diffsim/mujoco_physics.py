@@ -19,7 +19,6 @@ import torch
 from mujoco import rollout
 from torch import Tensor
 
-from diffsim.dynamics import step as diffsim_step
 from diffsim.model import Model
 
 
@@ -49,17 +48,17 @@ class MujocoPhysics:
         self.size = mujoco.mj_stateSize(self.mj_model, self.layout)
         self.mismatch: Mismatch | None = None
 
-    def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor, qfrc: Tensor) -> tuple[Tensor, Tensor]:
-        """(nq, B), (nv, B), (nu, B) and the actuators' forces (nv, B) -> qpos, qvel after `substeps`.
+    def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
+        """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`.
 
         With a graph, the engines' disagreement in this step is left in `mismatch`.
         """
         real = self.simulate(qpos, qvel, ctrl)
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (qpos, qvel, qfrc))):
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (qpos, qvel, ctrl))):
             return real
         if self._differentiator is None:  # compiled only where gradients are wanted
             self._differentiator = self._make_differentiator()
-        predicted = self._differentiator.step(qpos, qvel, qfrc)
+        predicted = self._differentiator.step(qpos, qvel, ctrl)
         self.mismatch = Mismatch(self.model, predicted, real)
         return Follow.apply(*predicted, *real, quaternion_rows(self.model))
 
@@ -132,44 +131,3 @@ class Follow(torch.autograd.Function):
             rotation = torch.einsum("ijb,ib->jb", _body_axes(real[q]), grad_qpos[q])
             grad_qpos[q] = torch.einsum("ijb,jb->ib", _body_axes(predicted[q]), rotation)
         return grad_qpos, grad_qvel, None, None, None
-
-
-def jacobian_cosine(env, count: int = 8) -> float:
-    """Cosine between the engines' derivatives of one substep's change of velocity, mean over `count` current states.
-
-    The derivatives are by position (tangent), velocity and control: MuJoCo's by finite differences
-    (mjd_transitionFD), diffsim's exact. 1: the gradient is MuJoCo's; 0: it knows nothing of it.
-    """
-    model = env.model
-    m, nv, nu = model.mj_model.__copy__(), model.nv, model.nu
-    m.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
-    d = mujoco.MjData(m)
-    qpos, qvel, action = (x.detach()[:, :count] for x in (env.qpos, env.qvel, env.last_action))
-    ctrl = env.ctrl(action)
-    # one copy of a state for each output velocity: row i of the Jacobian is the gradient of velocity i
-    inputs = [x.repeat_interleave(nv, 1).requires_grad_() for x in (qpos, qvel, ctrl)]
-    _, after = diffsim_step(model, *inputs)
-    picked = torch.eye(nv, dtype=after.dtype).repeat(1, qpos.shape[1])
-    by_qpos, by_qvel, by_ctrl = torch.autograd.grad(after, inputs, picked)
-    tangent = by_qpos.new_zeros(nv, by_qpos.shape[1])
-    for j in range(m.njnt):
-        q, v, kind = int(m.jnt_qposadr[j]), int(m.jnt_dofadr[j]), int(m.jnt_type[j])
-        if kind >= 2:
-            tangent[v] = by_qpos[q]
-            continue
-        if kind == 0:
-            tangent[v : v + 3] = by_qpos[q : q + 3]
-            q, v = q + 3, v + 3
-        quat = slice(q, q + 4)
-        axes = _body_axes(inputs[0].detach()[quat])
-        tangent[v : v + 3] = 0.5 * torch.einsum("ijb,ib->jb", axes, by_qpos[quat])
-    ours = torch.cat([tangent, by_qvel - picked, by_ctrl]).reshape(2 * nv + nu, -1, nv).permute(1, 2, 0)
-    a, b = np.zeros((2 * nv, 2 * nv)), np.zeros((2 * nv, nu))
-    cosines = []
-    for i in range(ours.shape[0]):
-        d.qpos, d.qvel, d.ctrl = (x[:, i].double().cpu().numpy() for x in (qpos, qvel, ctrl))
-        mujoco.mjd_transitionFD(m, d, 1e-6, True, a, b if nu else None, None, None)
-        theirs = np.concatenate([a[nv:] - np.eye(nv, 2 * nv, nv), b[nv:]], 1)
-        mine = ours[i].double().cpu().numpy()
-        cosines.append((mine * theirs).sum() / (np.linalg.norm(mine) * np.linalg.norm(theirs)))
-    return float(np.mean(cosines))

@@ -5,8 +5,6 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-from diffsim.env import DiffEnv
-
 
 def _array(x) -> np.ndarray:
     return x.detach().cpu().numpy().copy()
@@ -21,7 +19,7 @@ class NumpyVectorEnv(gymnasium.vector.VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
 
-    def __init__(self, env: DiffEnv):
+    def __init__(self, env):
         self.env, self.num_envs = env, env.num_envs
         for name in ("single_observation_space", "single_action_space", "observation_space", "action_space"):
             setattr(self, name, getattr(env, name))
@@ -49,7 +47,7 @@ class NumpyEnv(gymnasium.Env):
 
     metadata = {"render_modes": []}
 
-    def __init__(self, env: DiffEnv):
+    def __init__(self, env):
         if env.num_envs != 1:
             raise ValueError(f"a single environment is wanted, this one has {env.num_envs}; use env.numpy()")
         self.env = env

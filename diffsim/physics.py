@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._inductor.package import package_aoti
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from diffsim.dynamics import Step, backward_substep, forward_substep
+from diffsim.dynamics import Step, actuator_force, backward_substep, forward_substep
 from diffsim.model import Model, Softness, build_model
 
 # Thousands of scalar operations, each used a few times: keep every value instead of recomputing it in each user,
@@ -60,8 +60,9 @@ class DiffsimPhysics:
         if compile and compiler_available(model.device):
             self.forward, self.backward = load_or_build(model, num_envs)
 
-    def step(self, qpos: Tensor, qvel: Tensor, qfrc: Tensor) -> tuple[Tensor, Tensor]:
-        """(nq, B), (nv, B) and actuator forces (nv, B) -> qpos, qvel after `substeps`."""
+    def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
+        """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`."""
+        qfrc = actuator_force(self.model, ctrl)
         return Step.apply(qpos, qvel, qfrc, self.forward, self.backward, self.substeps)
 
 

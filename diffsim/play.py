@@ -13,7 +13,8 @@ import tyro
 
 import diffsim
 from diffsim.dynamics import contact_points
-from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
+from diffsim.gymnasium_env import GymnasiumEnv
+from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.physics import compiled_batches
 from diffsim.render import check_path, render
 
@@ -23,7 +24,7 @@ class Args:
     policy: Annotated[str, tyro.conf.Positional]
     """run folder, or policy.pt2"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
-    """engine to run on; gymnasium: the environment of that id itself (default: that for such an id, else diffsim)"""
+    """engine to run on (default: the one it was trained on); gymnasium: gymnasium.make of that id itself"""
     episodes: int = 10
     """episodes to average"""
     seed: int = 0
@@ -34,44 +35,32 @@ class Args:
 
 def load_policy(path) -> tuple[torch.nn.Module, str]:
     """The exported policy, obs (B, obs_dim) -> action (B, act_dim), and the name of its environment."""
+    return _load(path)[:2]
+
+
+def _load(path) -> tuple[torch.nn.Module, str, str, int]:
+    """The policy, and what it was trained on: environment, engine, number of observations."""
     path = Path(path)
     path = path / "policy.pt2" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"no policy at {path}")
-    extra = {"env": ""}
+    extra = {"env": "", "physics": ""}
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it prints a traceback before it raises
     try:
         program = torch.export.load(path, extra_files=extra)
     except Exception as e:
         raise ValueError(f"{path} is not a readable policy ({type(e).__name__})") from None
-    name = extra["env"].decode() if isinstance(extra["env"], bytes) else extra["env"]
-    return program.module(), name
+    name, physics = (x.decode() if isinstance(x, bytes) else x for x in extra.values())
+    return program.module(), name, physics, program.example_inputs[0][0].shape[1]
 
 
-def policy_obs_dim(policy: torch.nn.Module) -> int:
-    """How many observations an exported policy takes."""
-    return next(b.shape[0] for name, b in policy.named_buffers() if name.endswith("normalizer.mean"))
-
-
-def playback_env(name: str, episodes: int, physics: str = "diffsim", obs_dim: int | None = None):
-    """Environments for at least that many episodes: a batch that is compiled already (training left one), or eager.
-
-    On Gymnasium, that with obs_dim observations: its own, or what diffsim's task of the same name leaves of them.
-    """
-    if physics == "gymnasium":
-        if not is_gymnasium_id(name):
-            raise ValueError(f"{name} is no Gymnasium environment; --physics diffsim or mujoco")
-        env, twin = GymnasiumEnv(name, episodes), diffsim.TASKS.get(name)
-        if twin and obs_dim is not None and env.single_observation_space.shape[0] != obs_dim:
-            env = GymnasiumEnv(name, episodes, **twin.gymnasium_kwargs)
-        return env
-    if is_gymnasium_id(name) and name not in diffsim.TASKS:
-        raise ValueError(f"{name} is Gymnasium's alone; --physics gymnasium")
+def playback_env(name: str, episodes: int, physics: str | None = None):
+    """Environments for at least that many episodes: a batch that is compiled already (training left one), or eager."""
     env = diffsim.make(name, episodes, physics=physics, compile=False)
-    if physics == "diffsim":
-        ready = [n for n in compiled_batches(env.model) if n >= episodes]
-        env = diffsim.make(name, ready[0]) if ready else env
-    return env
+    if isinstance(env, GymnasiumEnv) or isinstance(env.physics, MujocoPhysics):
+        return env
+    ready = [n for n in compiled_batches(env.model) if n >= episodes]
+    return diffsim.make(name, ready[0], physics=physics) if ready else env
 
 
 def starts(env, episodes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,12 +135,55 @@ def _rollout_gymnasium(env: GymnasiumEnv, policy, episodes: int, seed: int) -> d
     return {"return": total.numpy(), "length": length.numpy(), "qpos": np.array(frames)}
 
 
-def record(env_name: str, policy_path, video: str, physics: str = "diffsim"):
-    """Render one episode of a saved policy."""
-    policy, _ = load_policy(policy_path)
-    env = playback_env(env_name, 1, physics, policy_obs_dim(policy))
-    qpos = rollout(env, policy, 1)["qpos"]
-    render(env.model.mj_model, qpos, env.control_dt, str(video))
+@torch.no_grad()
+def evaluate(env, policy, episodes: int) -> torch.Tensor:
+    """Return of the first episode of each of the first `episodes` environments: (episodes,)."""
+    obs, _ = env.reset(seed=12345)
+    returns = torch.full((env.num_envs,), float("nan"), device=env.device)
+    for _ in range(env.max_episode_steps):
+        obs, _, terminated, truncated, info = env.step(policy(obs))
+        if "episode" in info:
+            first = info["_episode"] & torch.isnan(returns)
+            returns = torch.where(first, info["episode"]["r"], returns)
+            if not torch.isnan(returns[:episodes]).any():
+                break
+    return returns[:episodes]
+
+
+class Evaluator:
+    """Measures a deterministic policy as a script's flags say: on --physics, with --eval-physics on another, too."""
+
+    def __init__(self, args):
+        known = dict(device=args.device, compile=args.compile, physics=args.physics)
+        known |= {name: getattr(args, name) for name in ("stiffness", "smoothing") if hasattr(args, name)}
+        # diffsim's step is compiled for num_envs; others run any number
+        batch = args.num_envs if args.physics == "diffsim" else args.eval_episodes
+        self.episodes, self.env, self.others = args.eval_episodes, diffsim.make(args.env, batch, **known), {}
+        if getattr(args, "eval_physics", False):
+            other = "mujoco" if args.physics == "diffsim" else "diffsim"
+            self.others[other] = diffsim.make(args.env, args.eval_episodes, physics=other, compile=False)
+
+    def __call__(self, policy) -> dict[str, torch.Tensor]:
+        """Numbers by TensorBoard tag."""
+        returns = evaluate(self.env, policy, self.episodes)
+        numbers = {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std(correction=0)}
+        for name, env in self.others.items():
+            numbers[f"eval/{name}_return"] = evaluate(env, policy, self.episodes).mean()
+        return numbers
+
+
+def film(env, qpos: np.ndarray, video: str | Path):
+    """Draw the qpos (T, nq) of an episode. Raises ValueError, one line, where there is nothing to draw."""
+    if env.mj_model is None:
+        raise ValueError(f"{env.name} does not run on MuJoCo: no video")
+    render(env.mj_model, qpos, env.control_dt, str(video))
+
+
+def record(run: Path, video: Path):
+    """Film one episode of a run's policy on the engine that it was trained on."""
+    policy, name, physics, _ = _load(run)
+    env = playback_env(name, 1, physics)
+    film(env, rollout(env, policy, 1)["qpos"], video)
 
 
 def main():
@@ -161,10 +193,9 @@ def main():
             raise ValueError(f"--episodes is {args.episodes}; it must be at least 1")
         if args.video:
             check_path(args.video)
-        policy, name = load_policy(args.policy)
-        physics = args.physics or ("gymnasium" if is_gymnasium_id(name) else "diffsim")
-        wanted = policy_obs_dim(policy)
-        env = playback_env(name, args.episodes, physics, wanted)
+        policy, name, trained_on, wanted = _load(args.policy)
+        physics = args.physics or trained_on
+        env = playback_env(name, args.episodes, physics)
         given = env.single_observation_space.shape[0]
         if wanted != given:
             raise ValueError(f"the policy wants {wanted} observations, {name} on {physics} has {given}")
@@ -179,13 +210,7 @@ def main():
                 continue
             print(f"{key:16s} {x.mean():10.3f} +- {x.std():.3f}   [{x.min():.3f}, {x.max():.3f}] {unit}")
         if args.video:
-            if isinstance(env, GymnasiumEnv):
-                robot = env.envs.envs[0].unwrapped
-                if not len(result["qpos"]):
-                    raise ValueError(f"{name} does not run on MuJoCo: no video")
-                render(robot.model, result["qpos"], robot.dt, args.video)
-            else:
-                render(env.model.mj_model, result["qpos"], env.control_dt, args.video)
+            film(env, result["qpos"], args.video)
             print(f"wrote {args.video}")
     except ValueError as e:
         print(f"diffsim.play: {e}", file=sys.stderr)

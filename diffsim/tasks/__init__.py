@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+from diffsim.gymnasium_env import is_gymnasium_id
 from diffsim.tasks.ant import Ant
 from diffsim.tasks.anymal import Anymal
 from diffsim.tasks.base import Task
@@ -28,9 +29,10 @@ def find_task(name: str) -> Task:
     file, _, cls = name.rpartition(":")
     if not file:
         if name not in TASKS:
+            if is_gymnasium_id(name):
+                raise ValueError(f"{name} is Gymnasium's alone: use physics gymnasium, which has no gradient")
             raise ValueError(
-                f"unknown env '{name}'; there is {', '.join(TASKS)}, or path/to/my_task.py:MyTask "
-                "(ppo_baseline.py and rp_pgm_mb.py: or the id of a Gymnasium environment)"
+                f"unknown env '{name}'; there is {', '.join(TASKS)}, path/to/my_task.py:MyTask, or a Gymnasium id"
             )
         return TASKS[name]()
     if not Path(file).is_file():
@@ -47,4 +49,19 @@ def find_task(name: str) -> Task:
     return task()
 
 
-__all__ = ["TASKS", "Task", "find_task"]
+def default_physics(task: str | Task) -> str:
+    """The engine that runs a task when none is asked for. Raises ValueError as `find_task` does."""
+    if isinstance(task, str) and task not in TASKS and is_gymnasium_id(task):
+        return "gymnasium"
+    return (find_task(task) if isinstance(task, str) else task).physics
+
+
+def settings_of(name: str) -> str:
+    """The task whose training settings fit: itself, or the nearest of TASKS that a class in a file derives from."""
+    if name in TASKS or is_gymnasium_id(name):
+        return name
+    names = {cls: known for known, cls in TASKS.items()}
+    return next((names[cls] for cls in type(find_task(name)).__mro__ if cls in names), name)
+
+
+__all__ = ["TASKS", "Task", "default_physics", "find_task", "settings_of"]

@@ -19,6 +19,7 @@ class Task:
     control_dt = 1 / 60  # seconds an action is held
     substeps = 4  # physics steps in that time
     max_episode_steps = 1000
+    physics = "diffsim"  # engine that runs it unless another is asked for
     own_integrator = False  # on MuJoCo's physics: the MJCF's integrator, not Euler
     warn_of_self_collision = True  # links never touch each other; say so where MuJoCo's would
 

@@ -1,6 +1,7 @@
 """Ant-v5, Hopper-v5, HalfCheetah-v5, Walker2d-v5: Gymnasium's bodies, observations, rewards, ends, timing, integrator.
 
-Train them with `--physics mujoco` and the thing optimised is the thing evaluated (`diffsim.play --physics gymnasium`).
+They run on MuJoCo's physics unless told otherwise, so the thing optimised is the thing evaluated (`--physics gymnasium`
+runs `gymnasium.make` itself).
 Ant's contact forces are left out: of its observation (Gymnasium's include_cfrc_ext_in_observation=False) and, at most
 0.039 a step, of its reward; its speed is that of qpos, where Gymnasium's is of the body's last computed position, which
 lags by a part of a substep. Source of the definitions: the environments' documentation, gymnasium.farama.org.
@@ -15,6 +16,7 @@ from diffsim.tasks.base import GYMNASIUM_ASSETS, Task, uniform
 class GymnasiumTwin(Task):
     """What the four share: a reward for the distance of a step, for being healthy, and a cost of control."""
 
+    physics = "mujoco"
     own_integrator = True
     warn_of_self_collision = False
     gymnasium_kwargs: dict = {}  # of gymnasium.make

@@ -1,0 +1,349 @@
+"""A training run: its flags, folder, logs, checkpoints, Ctrl-C, progress. No reinforcement learning is in this file.
+
+How a script uses it:
+
+    args = parse(Args, DEFAULTS)              # command line > the task's settings > Args'; with --resume: the run's own
+    run = Run(args, num_iterations, steps)    # seeds, threads, runs/<env>__<script>__<seed>__<time>/
+    run.restore(policy, env, actor=actor)     # what checkpoint.pt holds; loads it with --resume
+    for iteration in run:                     # saves when due; ends after the last, --stop-after or Ctrl-C
+        run.episodes(info)                    # after each step: episodes that ended
+        run.lap("simulate")                   # seconds since the last lap
+        run.log({"losses/value_loss": 0.1})   # a number's TensorBoard tag; the last part is its column in metrics.csv
+"""
+
+import csv
+import os
+import random
+import signal
+import sys
+import time
+from collections import defaultdict, deque
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from math import inf
+from pathlib import Path
+from typing import Annotated, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+import diffsim
+from diffsim.play import record
+
+
+# --- flags --------------------------------------------------------------------------------------------------------
+class Bound(NamedTuple):
+    """Least and largest value of a flag, and how to say so. No range holds nan."""
+
+    low: float
+    high: float
+    words: str
+
+
+SMALLEST, LARGEST = 5e-324, sys.float_info.max  # above 0, below infinity
+Count = Annotated[int, Bound(1, inf, "at least 1")]
+Natural = Annotated[int, Bound(0, inf, "at least 0")]
+Seed = Annotated[int, Bound(0, 2**32 - 1, "between 0 and 2^32 - 1")]
+Number = Annotated[float, Bound(-LARGEST, LARGEST, "a finite number")]
+Rate = Annotated[float, Bound(SMALLEST, LARGEST, "above 0, and finite")]
+Norm = Annotated[float, Bound(SMALLEST, inf, "above 0")]
+Weight = Annotated[float, Bound(0, LARGEST, "at least 0, and finite")]
+Clip = Annotated[float, Bound(0, inf, "at least 0")]
+Fraction = Annotated[float, Bound(0, 1, "between 0 and 1")]
+Decay = Annotated[float, Bound(0, 1 - 1e-9, "at least 0 and below 1")]
+Layers = tuple[Count, ...]
+
+
+@dataclass
+class RunArgs:
+    """Flags of every script that say nothing of its algorithm."""
+
+    device: str = "cpu"
+    """cpu or cuda"""
+    compile: bool = True
+    """compile the physics (once for a robot, num_envs and softness, a minute or two, then cached)"""
+    num_threads: Count = 1
+    """threads of torch; the same number gives the same bits"""
+    save_every: Count = 250_000
+    """environment steps between checkpoints"""
+    stop_after: Count | None = None
+    """stop after this many iterations, and save: --resume goes on"""
+    resume: str | None = None
+    """run folder or checkpoint.pt to continue, with the arguments it was started with"""
+    run_dir: str = "runs"
+    """where the run folder is made"""
+    capture_video: bool = False
+    """record the final policy as video.mp4 in the run folder"""
+
+
+def script() -> str:
+    """Name of the file that runs: a fork has its own runs and checkpoints."""
+    return Path(sys.argv[0]).stem
+
+
+def fail(message: str):
+    """One clear line for bad input."""
+    print(f"{script()}.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def one_line_errors():
+    """Bad input that shows while environments are made, or Ctrl-C there, ends the program with one line."""
+    try:
+        yield
+    except ValueError as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        print("\ninterrupted before the first step: nothing to save", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def bounds(hint) -> list[Bound]:
+    """Those of a type, and of the types in it: `Count | None`, `tuple[Count, ...]`."""
+    own = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Bound)]
+    return own + [b for inner in get_args(hint) for b in bounds(inner)]
+
+
+def parse(Args, defaults: dict):
+    """Arguments from the command line, over the settings of the task, over those of the dataclass Args.
+
+    `defaults` names settings by task ("ant"), task and engine ("ant on mujoco") or engine ("on gymnasium"); a task in a
+    file has those of the task that it derives from. With --resume they are the run's own, which no flag may change.
+    """
+    argv = [a for a in sys.argv[1:] if a not in ("-h", "--help")]  # so that --help shows the task's settings
+    args = tyro.cli(Args, args=argv)
+    if args.resume is not None:
+        try:
+            default = replace(Args(**load(args.resume)["args"]), resume=args.resume, stop_after=None)
+        except TypeError:
+            fail(f"--resume {args.resume}: a checkpoint of another version of {script()}.py")
+    else:
+        with one_line_errors():
+            physics = args.physics or diffsim.default_physics(args.env)
+            name = diffsim.settings_of(args.env)
+        settings: dict = {}
+        for key in (f"on {physics}", name, f"{name} on {physics}"):
+            settings |= defaults.get(key, {})
+        default = replace(args, physics=physics, **settings)
+    final = tyro.cli(Args, default=default)
+    for key, hint in get_type_hints(Args, include_extras=True).items():
+        value, flag = getattr(final, key), f"--{key.replace('_', '-')}"
+        if args.resume is not None and key != "stop_after" and value != getattr(default, key):
+            fail(f"{flag} is {value}, the run has {getattr(default, key)}: resuming keeps its arguments")
+        for bound in bounds(hint) if value is not None else ():
+            if not all(bound.low <= x <= bound.high for x in (value if isinstance(value, tuple) else (value,))):
+                fail(f"{flag} is {value}; it must be {bound.words}")
+    return final
+
+
+def load(path: str) -> dict:
+    """The checkpoint.pt of a run folder. Whatever else is there ends the program with one line."""
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, weights_only=True, map_location="cpu")
+        by = checkpoint["script"]
+    except FileNotFoundError:
+        fail(f"--resume {path}: no checkpoint.pt there")
+    except Exception as e:
+        fail(f"--resume {file}: not a readable checkpoint ({type(e).__name__})")
+    if by != script():
+        fail(f"--resume {path}: a checkpoint of {by}.py")
+    return checkpoint
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+def process_start() -> float:
+    """When this process began, seconds since the epoch; where the system does not tell, now."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
+def column(tag: str) -> str:
+    """A number's name in metrics.csv: losses/kl is kl, eval/episodic_return is eval_return."""
+    return tag.replace("eval/episodic", "eval").split("/")[-1]
+
+
+class Run:
+    """`num_iterations` iterations of `steps` environment steps each; averages are of the latest `episodes` episodes."""
+
+    def __init__(self, args, num_iterations: int, steps: int, episodes: int = 100):
+        self.args, self.total, self.steps = args, num_iterations, steps
+        self.iteration = self.global_step = 0
+        self.recent: deque = deque(maxlen=episodes)  # (return, length)
+        self.numbers: dict[str, float] = {}  # of this iteration, by tag
+        self.sums: dict[str, float] = defaultdict(float)  # since the last row: seconds of laps, bad states
+        self.start = process_start()  # compilation included; of a resumed run, less what it was away
+        self.lap_start = self.shown = time.time()
+        self.interrupted = False
+        random.seed(args.seed)
+        np.random.seed(args.seed)
+        torch.manual_seed(args.seed)
+        torch.set_num_threads(args.num_threads)
+
+    def restore(self, policy: torch.nn.Module, env, **parts):
+        """Checkpoints hold env and `parts`, all with state_dict and load_state_dict; `policy` is what is exported."""
+        self.policy, self.env, self.parts, rows = policy, env, dict(env=env, **parts), []
+        if self.args.capture_video and env.mj_model is None:
+            fail(f"--capture-video: {self.args.env} does not run on MuJoCo")
+        if self.args.resume is None:
+            name = f"{self.args.env.split(':')[-1].lower()}__{script()}__{self.args.seed}"
+            self.folder = Path(self.args.run_dir) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+        else:
+            resume = Path(self.args.resume)
+            self.folder = resume if resume.is_dir() else resume.parent
+            rows = self._load(load(self.args.resume))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._rewrite(list(rows[0]) if rows else ["iteration", "global_step", "wall_time_s"], rows)
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step or None)
+        table = "\n".join(f"|{k}|{v}|" for k, v in asdict(self.args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        own = [f"{f.name}={v}" for f in fields(self.args) if (v := getattr(self.args, f.name)) != f.default]
+        print(f"{self.folder}: {self.total - self.iteration} iterations to go; {' '.join(own)}", flush=True)
+
+    def _load(self, checkpoint: dict) -> list[dict]:
+        """The state of a checkpoint; returns the rows of metrics.csv up to it."""
+        if missing := [name for name in self.parts if name not in checkpoint]:
+            fail(f"--resume {self.folder}: a checkpoint of another version, without {', '.join(missing)}")
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["rng"])
+        self.iteration, self.global_step = checkpoint["iteration"], checkpoint["global_step"]
+        self.recent.extend(checkpoint["recent"])
+        self.start -= checkpoint["wall_time_s"]
+        if not (self.folder / "metrics.csv").exists():
+            return []
+        with open(self.folder / "metrics.csv") as f:
+            return [row for row in csv.DictReader(f) if int(row["global_step"]) <= self.global_step]
+
+    def __iter__(self):
+        end = min(self.total, self.args.stop_after or self.total)
+        signal.signal(signal.SIGINT, self._interrupt)
+        while self.iteration < end and not self.interrupted:
+            self.global_step += self.steps
+            self.lap_start = time.time()
+            yield self.iteration
+            if self.numbers:
+                self._write_row()
+            self.iteration += 1
+            if self.passed(self.args.save_every):
+                self.save()
+        self.save()
+        self.writer.close()
+        self._say_last_words()
+
+    def _interrupt(self, *_):
+        """Ctrl-C lets the iteration finish, so that what is saved can be resumed bit for bit; twice: at once."""
+        if self.interrupted:
+            sys.exit(130)
+        self.interrupted = True
+        os.write(2, b"\nfinishing this iteration; Ctrl-C again: at once, unsaved\n")  # print may have been interrupted
+
+    def _say_last_words(self):
+        python = os.path.relpath(sys.executable)
+        print(end="\n" if sys.stdout.isatty() else "")  # after the bar
+        if self.iteration < self.total:
+            said = "interrupted and saved" if self.interrupted else "saved"
+            print(f"{said}; continue with: {python} {script()}.py --resume {self.folder}", flush=True)
+            sys.exit(130 if self.interrupted else 0)
+        if self.args.capture_video:
+            with one_line_errors():
+                record(self.folder, self.folder / "video.mp4")
+        video = "" if self.env.mj_model is None else " --video video.mp4"
+        print(f"done; watch it: {python} -m diffsim.play {self.folder}{video}", flush=True)
+
+    @property
+    def last(self) -> bool:
+        """Whether this iteration is the last of the whole run."""
+        return self.iteration == self.total - 1
+
+    def passed(self, every: int) -> bool:
+        """Whether this iteration came to another multiple of `every` environment steps; 0: never."""
+        return bool(every) and self.global_step // every > (self.global_step - self.steps) // every
+
+    # --- numbers --------------------------------------------------------------------------------------------------
+    def episodes(self, info: dict):
+        """Take note of the episodes that ended in a step."""
+        if "episode" in info:
+            ended = info["_episode"]
+            self.recent.extend(zip(info["episode"]["r"][ended].tolist(), info["episode"]["l"][ended].tolist()))
+            if "nonfinite" in info:
+                self.sums["physics/nonfinite_states"] += int(info["nonfinite"].sum())
+
+    def lap(self, name: str):
+        """The seconds since the last lap, or since the iteration began, are `name`'s."""
+        now = time.time()
+        self.sums[f"time/{name}_s"] += now - self.lap_start
+        self.lap_start = now
+
+    def log(self, numbers: dict):
+        """Numbers of this iteration, by tag; an iteration that logs none has no row."""
+        self.numbers |= {tag: x.item() if isinstance(x, torch.Tensor) else x for tag, x in numbers.items()}
+
+    def _write_row(self):
+        wall = time.time() - self.start
+        numbers = {"charts/SPS": int(self.global_step / wall)} | self.numbers
+        if self.recent:
+            tags = "charts/episodic_return", "charts/episodic_length"
+            numbers |= dict(zip(tags, np.mean(self.recent, 0).tolist()))
+        numbers |= {tag: round(x, 4) for tag, x in self.sums.items()}
+        for tag, x in numbers.items():
+            self.writer.add_scalar(tag, x, self.global_step)
+        row = dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=round(wall, 3))
+        row |= {column(tag): x for tag, x in numbers.items()}
+        if new := [name for name in row if name not in self.metrics.fieldnames]:  # logged for the first time
+            with open(self.folder / "metrics.csv") as f:
+                rows = list(csv.DictReader(f))
+            self._rewrite([*self.metrics.fieldnames, *new], rows)
+        self.metrics.writerow(row)
+        self._show(numbers, wall)
+        self.numbers, self.sums = {}, defaultdict(float)
+
+    def _rewrite(self, columns: list[str], rows: list[dict]):
+        """metrics.csv with these columns and rows; later rows are appended, each whole before the next."""
+
+        def write(path: Path):
+            self.metrics_file = open(path, "w", newline="", buffering=1)  # renamed while open: rows go on arriving
+            self.metrics = csv.DictWriter(self.metrics_file, columns)
+            self.metrics.writeheader()
+            self.metrics.writerows(rows)
+
+        self._atomic(write, "metrics.csv")
+
+    def _show(self, numbers: dict, wall: float):
+        """A bar on a terminal; elsewhere a line now and then, and for each evaluation."""
+        bad, tty = numbers.get("grad/nonfinite", 0), sys.stdout.isatty()
+        if bad:
+            print(f"iteration {self.iteration}: {bad:.0f} non-finite gradients left out", file=sys.stderr)
+        evaluated = "eval/episodic_return" in numbers
+        if tty or evaluated or self.iteration == 0 or time.time() - self.shown > 5:
+            share, self.shown = (self.iteration + 1) / self.total, time.time()
+            bar = f"\r[{'#' * int(20 * share):<20}] " if tty else ""
+            text = "  ".join(f"{column(t)} {x:.0f}" for t, x in numbers.items() if t.endswith(("_return", "SPS")))
+            end = "\n" if evaluated or not tty else ""
+            print(f"{bar}step {self.global_step:>9,}  {text}  {wall:.0f} s", end=end, flush=True)
+
+    # --- files ----------------------------------------------------------------------------------------------------
+    def save(self):
+        """checkpoint.pt, and policy.pt2: observation -> action, a program that needs no script."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= dict(script=script(), args=asdict(self.args), rng=torch.get_rng_state(), recent=list(self.recent))
+        state |= dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=time.time() - self.start)
+        self._atomic(lambda path: torch.save(state, path), "checkpoint.pt")
+        example = torch.zeros(2, *self.env.single_observation_space.shape, device=self.env.device)
+        dynamic = ({0: torch.export.Dim("batch", min=1)},)
+        program = torch.export.export(self.policy, (example,), dynamic_shapes=dynamic)
+        trained_on = dict(env=self.args.env, physics=self.args.physics)
+        self._atomic(lambda path: torch.export.save(program, path, extra_files=trained_on), "policy.pt2")
+
+    def _atomic(self, write, name: str):
+        """A file is there whole, or as it was before."""
+        temporary = self.folder / f"tmp-{name}"
+        write(temporary)
+        os.replace(temporary, self.folder / name)
