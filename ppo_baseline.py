@@ -277,7 +277,7 @@ if __name__ == "__main__":
         run.lap("simulate")
 
         # --- update: epochs on the clipped surrogate -------------------------------------------------------------
-        clipfracs, epochs = [], 0
+        epochs = 0
         for _ in range(args.update_epochs):
             kls = []
             for index in torch.randperm(batch_size, device=env.device).chunk(args.num_minibatches):
@@ -297,7 +297,7 @@ if __name__ == "__main__":
                 optimizer.step()
                 with torch.no_grad():  # Schulman's estimator of KL(old || new), http://joschu.net/blog/kl-approx.html
                     kls.append((log_ratio.exp() - 1 - log_ratio).mean())
-                    clipfracs.append((log_ratio.exp() - 1).abs().gt(args.clip_coef).float().mean())
+                    run.mean({"losses/clipfrac": (log_ratio.exp() - 1).abs().gt(args.clip_coef).float().mean()})
             approx_kl, epochs = torch.stack(kls).mean(), epochs + 1
             if args.desired_kl is not None:
                 factor = 1 / 1.5 if approx_kl > 2 * args.desired_kl else 1.5 if approx_kl < args.desired_kl / 2 else 1.0
@@ -311,7 +311,7 @@ if __name__ == "__main__":
         # --- log and evaluate ------------------------------------------------------------------------------------
         run.log({
             "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy,
-            "losses/approx_kl": approx_kl, "losses/clipfrac": torch.stack(clipfracs).mean(),
+            "losses/approx_kl": approx_kl,
             "losses/explained_variance": 1 - (targets - values).var() / targets.var().clamp_min(1e-12),
             "policy/std": new.stddev.mean(), "charts/epochs": epochs, "charts/learning_rate": learning_rate,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),

@@ -347,7 +347,6 @@ if __name__ == "__main__":
         with torch.no_grad():
             after = next_values.mean(0)
             targets = td_lambda(window["reward"], after, *ends, args.gamma, args.gae_lambda).flatten()
-        value_losses = []
         for _ in range(args.critic_epochs):
             for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
                 value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum()
@@ -355,7 +354,7 @@ if __name__ == "__main__":
                 value_loss.backward()
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                 critic_optimizer.step()
-                value_losses.append(value_loss.detach())
+                run.mean({"losses/value_loss": value_loss / args.num_critics})
         with torch.no_grad():
             for slow, fast in zip(target_critic.parameters(), critic.parameters()):
                 slow.lerp_(fast, 1 - args.target_alpha)
@@ -368,7 +367,6 @@ if __name__ == "__main__":
             "policy/inside_clip": ((ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)).float().mean(),
             "policy/std": new.stddev.mean(), "grad/action_norm": g_norm.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
-            "losses/value_loss": torch.stack(value_losses).mean() / args.num_critics,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
             "grad/nonfinite": nonfinite.sum(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip

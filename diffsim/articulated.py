@@ -1,18 +1,30 @@
-"""The articulated-body algorithm (Featherstone, Rigid Body Dynamics Algorithms, ch. 7): A x = b in O(n)."""
+"""The articulated-body algorithm: A x = b in O(n).
 
+Featherstone, Rigid Body Dynamics Algorithms (RBDA), table 7.1 and equations 7.43 to 7.48, with his names:
+
+    leaves to root    U = IA S,  D = S^T U + diagonal,  u = tau - S^T pA
+                      IA -= U U^T/D,  pA += U u/D,  both then to the parent
+    root to leaves    x = (u - U^T a) / D,  a += S x         a: the parent's, then the link's
+
+His accelerations are our velocities after the substep, his forces our impulses; pA is minus the impulse on the body.
+His c is zero: it has gone into b. His transforms X are 1: all vectors of a tree have one origin and world axes. The
+diagonal is what acts on the joint itself: armature, damping and limits. The dofs of a joint are eliminated one by one.
+"""
+
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffsim.forces import Link
-from diffsim.kinematics import Frame, from_parent, to_parent, to_rows
+from diffsim.forces import Terms
+from diffsim.kinematics import Frame, Grouped, from_parent, to_parent
 from diffsim.model import Model
 from diffsim.spatial import Mat, Spatial, Sym, Vec
 
 
-class Articulated(NamedTuple):
-    """A symmetric 6x6 inertia [[rot, cross], [cross^T, lin]]; cross by columns."""
+class Inertia(NamedTuple):
+    """A symmetric 6x6 matrix [[rot, cross], [cross^T, lin]]; cross by columns."""
 
     rot: Sym
     cross: Mat
@@ -23,67 +35,99 @@ class Articulated(NamedTuple):
 
     def __add__(self, o):
         cross = Mat(*(a + b for a, b in zip(self.cross, o.cross)))
-        return Articulated(self.rot + o.rot, cross, self.lin + o.lin)
+        return Inertia(self.rot + o.rot, cross, self.lin + o.lin)
 
-    def minus_outer(self, u: Spatial, w: Spatial):
-        """self - u w^T, where w is a multiple of u."""
-        (a, b), (c, d) = u, w
-
-        def sym(s, p, q):
-            return Sym(
-                s.xx - p.x * q.x, s.yy - p.y * q.y, s.zz - p.z * q.z,
-                s.xy - p.x * q.y, s.xz - p.x * q.z, s.yz - p.y * q.z,
-            )  # fmt: skip
-
-        cross = Mat(self.cross.a - a * d.x, self.cross.b - a * d.y, self.cross.c - a * d.z)
-        return Articulated(sym(self.rot, a, c), cross, sym(self.lin, b, d))
+    def minus_outer(self, p: Spatial, q: Spatial):
+        """self - p q^T, where q is a multiple of p."""
+        (p_ang, p_lin), (q_ang, q_lin) = p, q
+        columns = (column - p_ang * q_i for column, q_i in zip(self.cross, q_lin))
+        return Inertia(self.rot.minus_outer(p_ang, q_ang), Mat(*columns), self.lin.minus_outer(p_lin, q_lin))
 
     def map(self, f):
-        return Articulated(Sym(*map(f, self.rot)), self.cross.map(f), Sym(*map(f, self.lin)))
+        return Inertia(Sym(*map(f, self.rot)), self.cross.map(f), Sym(*map(f, self.lin)))
 
 
-def inertia_of(link: Link) -> Articulated | None:
-    """The 6x6 inertia of the links' own masses and contacts, about the origin."""
+@dataclass
+class ArticulatedBody:
+    """The links of a group with all that hangs on them: what they feel like to the joint they hang on."""
 
-    def moments(pos, a, b):  # of a point with horizontal mass a and vertical mass b
-        (x, y, z), (ax, ay, az, bx, by) = pos, (pos.x * a, pos.y * a, pos.z * a, pos.x * b, pos.y * b)
-        second = (z * az + y * by, z * az + x * bx, x * ax + y * ay, -x * by, -x * az, -y * az)
-        return *second, ax, ay, az, bx, by, a, b
+    IA: Inertia | None
+    pA: Spatial | None
+    eliminated: list[tuple[Spatial, Spatial, Tensor]] = field(default_factory=list)  # S, U/D, u/D: last dof first
 
-    if link.com is None and link.touch is None:
+    def eliminate(self, S: Spatial, diagonal: Tensor, tau: Tensor):
+        """Let the dof along S go free under tau (RBDA 7.43 to 7.48)."""
+        U = self.IA @ S
+        D_inverse = 1.0 / (S.dot(U) + diagonal)
+        u = tau if self.pA is None else tau - S.dot(self.pA)
+        U_D = U * D_inverse
+        self.eliminated.append((S, U_D, u * D_inverse))
+        self.IA = self.IA.minus_outer(U, U_D)
+        self.pA = U_D * u if self.pA is None else self.pA + U_D * u
+
+    def carry(self, IA: Inertia, pA: Spatial):
+        """Add the articulated bodies that hang on these links."""
+        self.IA = IA if self.IA is None else self.IA + IA
+        self.pA = pA if self.pA is None else self.pA + pA
+
+    def substitute(self, a: Spatial | None) -> tuple[list[Tensor], Spatial]:
+        """Velocities x of the eliminated dofs, and the links', when the parent's is a (None: the world)."""
+        x = []
+        for S, U_D, u_D in reversed(self.eliminated):
+            x.append(u_D if a is None else u_D - U_D.dot(a))
+            a = S * x[-1] if a is None else a + S * x[-1]
+        return x, a
+
+
+def inertia_of(terms: Terms) -> Inertia | None:
+    """6x6 inertia of the links' own masses and contacts, about the origin."""
+    body, contact = terms.body, terms.contact
+    parts = []
+    if body is not None:
+        second, *rest = _point_moments(body.com, body.mass, body.mass)
+        parts.append([second + body.inertia, *rest])
+    if contact is not None:
+        second, *rest = _point_moments(contact.pos, contact.w_t, contact.w_n)
+        parts.append([Sym(*(t.sum(0) for t in second)), *(t.sum(0) for t in rest)])
+    if not parts:
         return None
-    total = None
-    if link.com is not None:
-        total = list(moments(link.com, link.mass, link.mass))
-        total[:6] = [p + q for p, q in zip(total, link.inertia)]
-    if link.touch is not None:
-        summed = [m.sum(0) for m in moments(*link.touch[:3])]
-        total = summed if total is None else [p + q for p, q in zip(total, summed)]
-    *second, ax, ay, az, bx, by, a, b = total
+    second, ax, ay, az, bx, by, a, b = parts[0] if len(parts) == 1 else [p + q for p, q in zip(*parts)]
     zero = torch.zeros_like(az)
     cross = Mat(Vec(zero, az, -ay), Vec(-az, zero, ax), Vec(by, -bx, zero))
-    return Articulated(Sym(*second), cross, Sym(a, a, b, zero, zero, zero))
+    return Inertia(second, cross, Sym(a, a, b, zero, zero, zero))
 
 
-def _root_solve(inertia: Articulated, armature: list[Tensor], rot: Mat, wrench: Spatial | None, tau: list[Tensor]):
-    """Acceleration of free bodies: (inertia + armature) a = wrench + tau, a 6x6 Cholesky solve written out.
+def _point_moments(pos: Vec, a: Tensor, b: Tensor):
+    """Of a point with horizontal mass a and vertical mass b: -[pos x] diag(a, a, b) [pos x], a pos, b x, b y, a, b."""
+    (x, y, z), (ax, ay, az, bx, by) = pos, (pos.x * a, pos.y * a, pos.z * a, pos.x * b, pos.y * b)
+    second = Sym(z * az + y * by, z * az + x * bx, x * ax + y * ay, -x * by, -x * az, -y * az)
+    return second, ax, ay, az, bx, by, a, b
+
+
+def _solve_root(body: ArticulatedBody, diagonal: list[Tensor], frame: Frame, tau: list[Tensor]):
+    """x and velocity a of free bodies: (IA + diagonal) a = tau - pA, a 6x6 Cholesky solve written out.
 
     MuJoCo gives the six dofs of a free joint one armature and damping, so in world axes they stay a multiple of 1.
     """
-    i, c, m = inertia
-    extra_lin, extra_ang = armature[0], armature[3]
+    rot, cross, lin = body.IA
+    d_lin, d_ang = diagonal[0], diagonal[3]
     rows = [
-        [i.xx + extra_ang],
-        [i.xy, i.yy + extra_ang],
-        [i.xz, i.yz, i.zz + extra_ang],
-        [c.a.x, c.a.y, c.a.z, m.xx + extra_lin],
-        [c.b.x, c.b.y, c.b.z, m.xy, m.yy + extra_lin],
-        [c.c.x, c.c.y, c.c.z, m.xz, m.yz, m.zz + extra_lin],
+        [rot.xx + d_ang],
+        [rot.xy, rot.yy + d_ang],
+        [rot.xz, rot.yz, rot.zz + d_ang],
+        [*cross.a, lin.xx + d_lin],
+        [*cross.b, lin.xy, lin.yy + d_lin],
+        [*cross.c, lin.xz, lin.yz, lin.zz + d_lin],
     ]
-    load = Spatial(rot @ Vec(*tau[3:]), Vec(*tau[:3]))
-    if wrench is not None:
-        load = load + wrench
-    rhs = [*load.ang, *load.lin]
+    load = Spatial(frame.rot @ Vec(*tau[3:]), Vec(*tau[:3]))
+    load = load if body.pA is None else load - body.pA
+    a = _solve_6x6(rows, [*load.ang, *load.lin])
+    ang, lin = Vec(*a[:3]), Vec(*a[3:])
+    return [*lin, *frame.rot.transpose_times(ang)], Spatial(ang, lin)
+
+
+def _solve_6x6(rows: list[list[Tensor]], rhs: list[Tensor]) -> list[Tensor]:
+    """rows: the lower triangle of a symmetric positive matrix."""
     low: list[list[Tensor]] = []
     inverse, y = [], []  # of the diagonal; forward substitution
 
@@ -101,53 +145,24 @@ def _root_solve(inertia: Articulated, armature: list[Tensor], rot: Mat, wrench: 
     out: list[Tensor] = [None] * 6
     for r in reversed(range(6)):
         out[r] = minus_dot(y[r], [low[j][r] for j in range(r + 1, 6)], out[r + 1 :]) * inverse[r]
-    return Spatial(Vec(*out[:3]), Vec(*out[3:]))
+    return out
 
 
-def solve(model: Model, frames: list[Frame], links: list[Link], wrenches, taus) -> Tensor:
-    """x with A x = sum_b J_b^T wrench_b + tau. wrenches: one Spatial (or None) a group; taus: one list a group."""
-    count = len(model.groups)
-    inertia = [inertia_of(link) for link in links]
-    force = list(wrenches)
-    steps: list = [None] * count
-    for index in reversed(range(count)):  # leaf to root: eliminate the joints
-        g, frame = model.groups[index], frames[index]
-        if g.kind == "free":
-            continue
-        steps[index] = []
-        for k in reversed(range(len(g.dofs))):
-            s = frame.screws[k]
-            u = inertia[index] @ s
-            inverse = 1.0 / (s.dot(u) + links[index].diagonal[k])
-            rest = taus[index][k] if force[index] is None else taus[index][k] + s.dot(force[index])
-            pull = u * inverse
-            steps[index].append((s, pull, rest * inverse))
-            if g.parent >= 0 or k > 0:
-                inertia[index] = inertia[index].minus_outer(u, pull)
-                gone = pull * rest
-                force[index] = Spatial(-gone.ang, -gone.lin) if force[index] is None else force[index] - gone
+def solve(model: Model, frames: list[Frame], terms: list[Terms], impulses, tau: Grouped) -> Grouped:
+    """x with A x = sum_b J_b^T impulse_b + tau. impulses: of the links about the origin, a Spatial or None a group."""
+    bodies = [ArticulatedBody(inertia_of(t), None if p is None else -p) for t, p in zip(terms, impulses)]
+    for i in reversed(range(len(bodies))):  # leaves to root
+        g, body = model.groups[i], bodies[i]
+        for S, d, tau_j in reversed(list(zip(frames[i].S, terms[i].joint.diagonal, tau[i]))):
+            body.eliminate(S, d, tau_j)
         if g.parent >= 0:
-
-            def up(t, g=g):
-                return to_parent(model, g, t)
-
-            p = g.parent
-            gathered, pushed = inertia[index].map(up), force[index].map(up)
-            inertia[p] = gathered if inertia[p] is None else inertia[p] + gathered
-            force[p] = pushed if force[p] is None else force[p] + pushed
-    motion: list = [None] * count
-    pieces = []
-    for index, g in enumerate(model.groups):  # root to leaf: substitute back
-        frame = frames[index]
+            bodies[g.parent].carry(to_parent(model, g, body.IA), to_parent(model, g, body.pA))
+    x, velocities = [], []
+    for i, (g, body) in enumerate(zip(model.groups, bodies)):  # root to leaves
         if g.kind == "free":
-            a = _root_solve(inertia[index], links[index].diagonal, frame.rot, force[index], taus[index])
-            motion[index] = a
-            pieces += list(zip([*a.lin, *frame.rot.transpose_times(a.ang)], g.dofs))
-            continue
-        a = from_parent(model, g, motion[g.parent]) if g.parent >= 0 else None
-        for k, (s, pull, ratio) in enumerate(reversed(steps[index])):
-            x = ratio if a is None else ratio - pull.dot(a)
-            a = s * x if a is None else a + s * x
-            pieces.append((x, g.dofs[k]))
-        motion[index] = a
-    return to_rows(pieces)
+            x_g, a = _solve_root(body, terms[i].joint.diagonal, frames[i], tau[i])
+        else:
+            x_g, a = body.substitute(from_parent(model, g, velocities[g.parent]) if g.parent >= 0 else None)
+        x.append(x_g)
+        velocities.append(a)
+    return x

@@ -1,7 +1,7 @@
 """The one compliant law, for contacts with the ground and for joint limits.
 
-It is smooth enough to differentiate (no force jumps at touch-down: Hunt & Crossley 1975) and enters the step
-implicitly, so that four substeps do where an explicit penalty needs dozens.
+It is smooth enough to differentiate (no force jumps at touch-down: Hunt & Crossley 1975) and enters the substep
+implicitly, so that four substeps do where an explicit penalty needs dozens. README.md derives it.
 """
 
 import torch
@@ -10,23 +10,32 @@ from torch.nn.functional import softplus
 
 
 def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, h: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Force of a unilateral spring-damper, and the implicit step's share of it.
+    """Force of a unilateral spring-damper, and the implicit substep's share of it.
 
-    The force k delta max(0, 1 - d u) with the smooth depth delta = s softplus(-gap / s) never pulls. Linearised in
-    the speed after the step, its impulse is `impulse - weight * new_speed`.
+        f = k delta max(0, 1 - d v),    delta = s softplus(-gap / s)
 
-    Args: gap (m or rad, negative inside), speed of opening, stiffness k, damping d, width s, step h; any shapes
-    that broadcast. Returns: force, weight, impulse.
+    never pulls. To first order, at the end of the substep, where speed is v' and gap' = gap + h v',
+
+        h f(gap', v') = h (f + df/dgap h v' + df/dv (v' - v)) = impulse - weight v'
+        weight  = h^2 k sigmoid(-gap / s) max(0, 1 - d v) + h k delta d [d v < 1]
+        impulse = h (f + k delta d v [d v < 1])
+
+    Args: gap (m or rad, negative inside), speed v of opening (m/s or rad/s), stiffness k (N/m or N m/rad), damping d
+    (s/m or s/rad), width s of the softplus (m or rad), h (s); any shapes that broadcast.
+    Returns: force (N or N m), weight (kg or kg m^2), impulse (N s or N m s).
     """
     x = gap * (-1.0 / width)
-    depth = width * softplus(x)
+    depth = width * softplus(x)  # delta
     closing = torch.relu(1 - damping * speed)
-    damper = k * depth * damping * (closing > 0)
+    damper = k * depth * damping * (closing > 0)  # -df/dv
     force = k * depth * closing
-    weight = h * h * k * torch.sigmoid(x) * closing + h * damper
+    weight = h * h * k * torch.sigmoid(x) * closing + h * damper  # -df/dgap = k sigmoid(x) closing
     return force, weight, h * (force + damper * speed)
 
 
-def friction_weight(force: Tensor, ux: Tensor, uy: Tensor, friction, slip: float, h: float) -> Tensor:
-    """Coulomb friction, regularised below the speed `slip`: its impulse is `-weight * new_tangential_velocity`."""
-    return h * friction * force * torch.rsqrt(ux * ux + uy * uy + slip * slip)
+def friction_weight(force: Tensor, vx: Tensor, vy: Tensor, friction, slip: float, h: float) -> Tensor:
+    """Coulomb friction under a normal force, regularised below the speed `slip` (m/s), with its direction implicit:
+
+    h f_t = -weight v_t',    weight = h mu force / sqrt(|v_t|^2 + slip^2)
+    """
+    return h * friction * force * torch.rsqrt(vx * vx + vy * vy + slip * slip)

@@ -1,74 +1,70 @@
 """One substep of a tree of rigid bodies, and its derivative.
 
-A substep solves a linear system for the new velocity,
+A substep of h seconds solves a linear system for the new velocity,
 
     A x = b,    A = M + h D + (contacts and limits as added mass),    b = M v + h (tau - bias) + impulses,
 
-in O(n) by the articulated-body algorithm (Featherstone, Rigid Body Dynamics Algorithms, ch. 7). Each body is a
-rotational inertia and a point mass; each contact is one more point, whose "mass" is its implicit stiffness and
-damping. All vectors of a tree are in world axes about its own origin (the root's position), so nothing is ever
-transformed between links, and float32 keeps its digits far from the world's origin.
+in O(n) by the articulated-body algorithm (articulated.py). Each body is a rotational inertia and a point mass; each
+contact is one more point, whose "mass" is its implicit stiffness and damping (forces.py).
 
-The derivative never goes through the solver. With lam = A^-1 g (A is symmetric), the gradient of g . x is that of
-`lam . (b - A x)` at fixed x and lam: the adjoint method. `residual` (forces.py) is that scalar, O(n) and elementwise,
-and autograd differentiates it. A substep thus remembers nothing but its state.
+The derivative never goes through the solver. Let lam = A^-1 dL/dx (A is symmetric). The gradient of L by anything that
+A and b depend on is that of `lam . (b - A x)` at fixed x and lam: the adjoint method. `residual` (forces.py) is that
+scalar, O(n) and elementwise, and autograd differentiates it. A substep thus remembers nothing but its state.
 
-Arrays are batch-last: qpos (nq, B), qvel (nv, B), everything in between (n, B) with n the joints of a group.
+Arrays are batch-last: qpos (nq, B), qvel and qfrc (nv, B), for the B environments.
 """
 
 import torch
 from torch import Tensor
 
 from diffsim.articulated import solve
-from diffsim.contact import friction_weight, normal_law
-from diffsim.forces import assemble, contact_kinematics, residual
-from diffsim.kinematics import Frame, forward_kinematics, rows_of, to_parent, to_rows, twists
+from diffsim.forces import assemble, contact_terms, residual
+from diffsim.kinematics import forward_kinematics, join, project, split, twists
 from diffsim.model import Model
-from diffsim.spatial import Spatial, Vec, quat_integrate
+from diffsim.spatial import Vec, quat_integrate
 
 
-# --- integration ------------------------------------------------------------------------------------------------
+# --- one substep ------------------------------------------------------------------------------------------------
 def integrate(model: Model, qpos: Tensor, qvel: Tensor, h: float) -> Tensor:
-    """qpos after a time h at constant qvel; quaternions by the exponential map."""
-    pieces = []
-    for g in model.groups:
-        q = [rows_of(qpos, rows) for rows in g.qpos]
-        v = [rows_of(qvel, rows) for rows in g.dofs]
+    """qpos after h seconds at constant qvel; quaternions by the exponential map."""
+    new = []
+    for g, q, v in zip(model.groups, split(qpos, model.qpos_rows), split(qvel, model.dof_rows)):
         if g.kind == "free":
-            new = [q[i] + h * v[i] for i in range(3)] + list(quat_integrate(q[3:], Vec(*v[3:]), h))
+            new.append([q_i + h * v_i for q_i, v_i in zip(q[:3], v[:3])] + quat_integrate(q[3:], Vec(*v[3:]), h))
         elif g.kind == "ball":
-            new = quat_integrate(q, Vec(*v), h)
+            new.append(quat_integrate(q, Vec(*v), h))
         else:
-            new = [q[0] + h * v[0]]
-        pieces += list(zip(new, g.qpos))
-    return to_rows(pieces)
+            new.append([q[0] + h * v[0]])
+    return join(new, model.qpos_rows)
 
 
 def forward_substep(model: Model, qpos: Tensor, qvel: Tensor, qfrc: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of model.timestep, semi-implicit: the new velocity moves the position."""
+    """qpos, qvel after model.timestep under joint forces qfrc; semi-implicit: the new velocity moves the position."""
     h = model.timestep
-    frames = forward_kinematics(model, qpos)
-    links = assemble(model, frames, qpos, qvel, qfrc, h)
-    x = solve(model, frames, links, [link.wrench() for link in links], [link.joint_impulse for link in links])
+    q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
+    frames = forward_kinematics(model, q)
+    terms = assemble(model, frames, q, v, tau, h)
+    x = solve(model, frames, terms, [t.impulse() for t in terms], [t.joint.impulse for t in terms])
+    x = join(x, model.dof_rows)
     return integrate(model, qpos, x, h), x
 
 
 def backward_substep(model: Model, qpos, qvel, qfrc, x, grad_qpos, grad_qvel):
     """Gradients of a substep's inputs from those of its outputs; x is the new velocity that forward found."""
     h = model.timestep
+    qpos, qvel, qfrc, x = (t.detach().requires_grad_() for t in (qpos, qvel, qfrc, x))
     with torch.enable_grad():
-        q, v = qpos.detach().requires_grad_(), x.detach().requires_grad_()
-        direct_q, grad_x = torch.autograd.grad(integrate(model, q, v, h), (q, v), grad_qpos)
-    grad_x = grad_x + grad_qvel
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (qpos, qvel, qfrc)]
-        frames = forward_kinematics(model, inputs[0])
-        links = assemble(model, frames, *inputs, h)
-        with torch.no_grad():
-            taus = [[rows_of(grad_x, rows) for rows in g.dofs] for g in model.groups]
-            lam = solve(model, frames, links, [None] * len(links), taus)
-        grad_q, grad_v, grad_f = torch.autograd.grad(residual(model, frames, links, x, lam), inputs)
-    return direct_q + grad_q, grad_v, grad_f
+        new_qpos = integrate(model, qpos, x, h)
+        q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
+        frames = forward_kinematics(model, q)
+        terms = assemble(model, frames, q, v, tau, h)
+    direct, grad_x = torch.autograd.grad(new_qpos, (qpos, x), grad_qpos)
+    with torch.no_grad():  # A lam = dL/dx
+        lam = solve(model, frames, terms, [None] * len(terms), split(grad_x + grad_qvel, model.dof_rows))
+    with torch.enable_grad():  # dL = d[lam . (b - A x)]
+        scalar = residual(model, frames, terms, split(x.detach(), model.dof_rows), lam)
+    grad_qpos, grad_qvel, grad_qfrc = torch.autograd.grad(scalar, (qpos, qvel, qfrc))
+    return direct + grad_qpos, grad_qvel, grad_qfrc
 
 
 # --- public functions -------------------------------------------------------------------------------------------
@@ -86,18 +82,19 @@ class Step(torch.autograd.Function):
         return qpos, qvel
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_qpos, grad_qvel):
+        if torch.is_grad_enabled():  # torch's once_differentiable lets autograd take a second derivative for zero
+            raise RuntimeError("diffsim's step is differentiable once: no create_graph=True, no Hessian through it")
         qfrc, x, *states = ctx.saved_tensors
         grad_qfrc = torch.zeros_like(qfrc)
         # Nothing in, nothing out: an environment whose state was thrown away may hold inf, and 0 * inf is NaN.
         unused = (grad_qpos == 0).all(0) & (grad_qvel == 0).all(0)
         for i in reversed(range(0, len(states), 2)):
             qpos, qvel = states[i : i + 2]
-            grad_qpos, grad_qvel, g = ctx.backward_substep(qpos, qvel, qfrc, x, grad_qpos, grad_qvel)
-            grad_qfrc = grad_qfrc + g
+            grad_qpos, grad_qvel, grad = ctx.backward_substep(qpos, qvel, qfrc, x, grad_qpos, grad_qvel)
+            grad_qfrc = grad_qfrc + grad
             x = qvel
-        grads = (torch.where(unused, 0.0, g) for g in (grad_qpos, grad_qvel, grad_qfrc))
+        grads = (torch.where(unused, 0.0, grad) for grad in (grad_qpos, grad_qvel, grad_qfrc))
         return *grads, None, None, None
 
 
@@ -114,7 +111,10 @@ def actuator_force(model: Model, ctrl: Tensor) -> Tensor:
 
 
 def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
-    """One substep of model.timestep: (nq, B), (nv, B), (nu, B) -> qpos, qvel. Differentiable in all three."""
+    """One substep of model.timestep: qpos (nq, B), qvel (nv, B), ctrl (nu, B) -> qpos, qvel.
+
+    Differentiable once, in reverse mode, in all three. Raises ValueError for a wrong shape.
+    """
     _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv), ctrl=(ctrl, model.nu))
 
     def forward(q, v, f):
@@ -126,72 +126,59 @@ def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor
     return Step.apply(qpos, qvel, actuator_force(model, ctrl), forward, backward, 1)
 
 
-def _project(model: Model, frames: list[Frame], wrenches: list[Spatial | None]) -> Tensor:
-    """Joint forces (nv, B) of one wrench per link: sum_b J_b^T wrench_b."""
-    pieces = []
-    wrenches = list(wrenches)
-    for index in reversed(range(len(model.groups))):
-        g, frame, wrench = model.groups[index], frames[index], wrenches[index]
-        if g.kind == "free":
-            pieces += list(zip([*wrench.lin, *frame.rot.transpose_times(wrench.ang)], g.dofs))
-        else:
-            pieces += [(s.dot(wrench), rows) for s, rows in zip(frame.screws, g.dofs)]
-        if g.parent >= 0:
-            pushed = wrench.map(lambda t, g=g: to_parent(model, g, t))
-            wrenches[g.parent] = pushed if wrenches[g.parent] is None else wrenches[g.parent] + pushed
-    return to_rows(pieces)
-
-
 def mass_matrix(model: Model, qpos: Tensor) -> Tensor:
-    """Joint-space inertia (nv, nv, B) of a qpos (nq, B), armature included, contacts and damping not."""
+    """Joint-space inertia (nv, nv, B) of a qpos (nq, B), armature included, contacts and damping not.
+
+    Units kg, kg m or kg m^2, as the dofs of row and column move or turn. Raises ValueError for a wrong shape.
+    """
     _check_rows(qpos=(qpos, model.nq))
     nv, batch = model.nv, qpos.shape[1]
-    qpos = qpos.repeat_interleave(nv, 1)
-    unit = torch.eye(nv, device=qpos.device, dtype=qpos.dtype).repeat(1, batch)  # (nv, batch * nv)
-    frames = forward_kinematics(model, qpos)
-    nothing = torch.zeros_like(unit)
-    links = assemble(model.without_contacts(), frames, qpos, nothing, nothing, 0.0)
-    moved = twists(model, frames, unit)
-    momenta = [link.momentum(v) if link.com else None for link, v in zip(links, moved)]
-    armature = to_rows([(g.armature.expand(-1, unit.shape[1]), rows) for g in model.groups for rows in g.dofs])
-    columns = _project(model, frames, momenta) + armature * unit
+    unit = torch.eye(nv, device=qpos.device, dtype=qpos.dtype).repeat(1, batch)  # (nv, B nv): columns of every M
+    q, v = split(qpos.repeat_interleave(nv, 1), model.qpos_rows), split(unit, model.dof_rows)
+    frames = forward_kinematics(model, q)
+    terms = assemble(model.without_contacts(), frames, q, v, v, 0.0)  # h = 0 s: no force has an impulse
+    momenta = [t.body.momentum(vel) if t.body else None for t, vel in zip(terms, twists(model, frames, v))]
+    own = [[d * v_i for d, v_i in zip(t.joint.diagonal, v_g)] for t, v_g in zip(terms, v)]
+    columns = join(project(model, frames, momenta), model.dof_rows) + join(own, model.dof_rows)
     return columns.reshape(nv, batch, nv).permute(0, 2, 1)
 
 
 def bias_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
-    """Coriolis, centrifugal and gravity forces (nv, B): MuJoCo's qfrc_bias."""
+    """Coriolis, centrifugal and gravity forces (nv, B) of qpos (nq, B), qvel (nv, B): MuJoCo's qfrc_bias, N or N m.
+
+    Raises ValueError for a wrong shape.
+    """
     _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
-    frames = forward_kinematics(model, qpos)
-    nothing = torch.zeros_like(qvel)
-    wrenches = []
-    before, after = (assemble(model.without_contacts(), frames, qpos, qvel, nothing, h) for h in (0.0, 1.0))
-    for a, b in zip(before, after):  # the impulse is momentum - h bias
-        wrenches.append(a.wrench() - b.wrench() if a.com else None)
-    return _project(model, frames, wrenches)
+    q, v = split(qpos, model.qpos_rows), split(qvel, model.dof_rows)
+    frames = forward_kinematics(model, q)
+    terms = assemble(model.without_contacts(), frames, q, v, v, 1.0)  # h = 1 s: impulse = momentum - bias
+    velocities = twists(model, frames, v)
+    wrenches = [t.body.momentum(vel) - t.body.impulse() if t.body else None for t, vel in zip(terms, velocities)]
+    return join(project(model, frames, wrenches), model.dof_rows)
 
 
 def contact_points(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, Tensor]:
-    """Gap (ncontact, B) in m, negative inside, and world force (3, ncontact, B) in N, of `model.contact_names`."""
+    """Gap (ncontact, B) in m, negative inside, and world force (3, ncontact, B) in N, of `model.contact_names`.
+
+    Of qpos (nq, B), qvel (nv, B). Raises ValueError for a wrong shape.
+    """
     _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
-    frames = forward_kinematics(model, qpos)
+    frames = forward_kinematics(model, split(qpos, model.qpos_rows))
     gaps, forces = [None] * len(model.contact_names), [None] * len(model.contact_names)
-    for g, frame, v in zip(model.groups, frames, twists(model, frames, qvel)):
+    for g, frame, vel in zip(model.groups, frames, twists(model, frames, split(qvel, model.dof_rows))):
         if g.contacts is None:
             continue
-        c = g.contacts
-        gap, _, u = contact_kinematics(g, frame, v)
-        normal, _, _ = normal_law(gap, u.z, c.k, c.damping, model.softness.contact_width, 0.0)
-        drag = friction_weight(normal, u.x, u.y, c.friction, model.softness.slip, 1.0)
-        force = torch.stack([-drag * u.x, -drag * u.y, normal])
-        for i, rows in enumerate(c.index):
-            for row, place in enumerate(rows):
+        c = contact_terms(g, frame, vel, model.softness, 1.0)  # h = 1 s: w_t is friction per speed
+        force = torch.stack([-c.w_t * c.vel.x, -c.w_t * c.vel.y, c.f_n])  # (3, p, n, B)
+        for i, places in enumerate(g.contacts.index):
+            for row, place in enumerate(places):
                 if place >= 0:
-                    gaps[place], forces[place] = gap[i, row], force[:, i, row]
+                    gaps[place], forces[place] = c.gap[i, row], force[:, i, row]
     if not gaps:
         return qpos.new_zeros(0, qpos.shape[1]), qpos.new_zeros(3, 0, qpos.shape[1])
     return torch.stack(gaps), torch.stack(forces, 1)
 
 
 def contact_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
-    """World force (3, ncontact, B) of the ground on every contact point, N."""
+    """World force (3, ncontact, B) of the ground on every point of `model.contact_names`, N; see `contact_points`."""
     return contact_points(model, qpos, qvel)[1]

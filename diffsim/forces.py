@@ -1,4 +1,13 @@
-"""Both sides of a substep's equation A x = b, link by link: inertia, gravity, contacts, limits, actuators."""
+"""Both sides of a substep's equation A x = b, term by term.
+
+    A = sum over links   J^T I J        b = sum over links   J^T (momentum - h (gravity and velocity terms))
+      + sum over contacts  J^T w J        + sum over contacts  J^T j
+      + diagonal per dof                  + impulse per dof
+
+J takes joint velocities to the velocity of a link (`kinematics.twists`) or of a point on it; it is never written out.
+x is the velocity at the end of the substep, so both sides are momenta and impulses. Shapes: (n, B) for the n links of
+a group, (p, n, B) for the contact points on them.
+"""
 
 from typing import NamedTuple
 
@@ -6,130 +15,165 @@ import torch
 from torch import Tensor
 
 from diffsim.contact import friction_weight, normal_law
-from diffsim.kinematics import Frame, from_parent, joint_velocity, rows_of, twists
-from diffsim.model import Group, Model
+from diffsim.kinematics import Frame, Grouped, bias_accelerations, twists
+from diffsim.model import Group, Model, Softness
 from diffsim.spatial import Spatial, Sym, Vec
 
 
-class Touch(NamedTuple):
-    """Contact points of a group, (p, n, B): implicit stiffness and damping as horizontal and vertical "mass"."""
+class BodyTerms(NamedTuple):
+    """The links of a group as rigid bodies, (n, B), and the impulses on them at and about their centres of mass."""
 
-    pos: Vec
-    tangential: Tensor
-    normal: Tensor
-    push: Tensor  # vertical impulse
-
-
-class Link(NamedTuple):
-    """What acts on the links of a group during one step."""
-
-    com: Vec | None  # None where the links have no mass of their own
-    mass: Tensor | None
-    inertia: Sym | None  # about the centre of mass, world axes
-    linear: Vec | None  # impulse on the centre of mass: momentum - h (gravity and velocity terms)
-    angular: Vec | None  # the same about it
-    touch: Touch | None
-    diagonal: list[Tensor]  # armature, damping and limits per dof
-    joint_impulse: list[Tensor]  # the same on the right-hand side
+    com: Vec
+    mass: Tensor  # (n, 1)
+    inertia: Sym  # about the centre of mass, world axes
+    linear: Vec
+    angular: Vec
 
     def momentum(self, twist: Spatial) -> Spatial:
+        """I twist, about the origin."""
         p = twist.at(self.com) * self.mass
         return Spatial(self.inertia @ twist.ang + self.com.cross(p), p)
 
-    def wrench(self) -> Spatial | None:
-        """All impulses together, about the origin."""
-        total = None
-        if self.com is not None:
-            total = Spatial(self.angular + self.com.cross(self.linear), self.linear)
-        if self.touch is not None:
-            (x, y, _), push = self.touch.pos, self.touch.push
-            none = torch.zeros_like(push[0])
-            touch = Spatial(Vec((y * push).sum(0), -(x * push).sum(0), none), Vec(none, none, push.sum(0)))
-            total = touch if total is None else total + touch
-        return total
+    def impulse(self) -> Spatial:
+        """About the origin."""
+        return Spatial(self.angular + self.com.cross(self.linear), self.linear)
 
 
-def contact_kinematics(g: Group, frame: Frame, twist: Spatial):
-    """Gap, point of contact and its velocity for every sphere, (p, n, B)."""
+class ContactTerms(NamedTuple):
+    """The contact points of a group, (p, n, B): each adds a "mass" diag(w_t, w_t, w_n) at pos and an impulse j_n."""
+
+    gap: Tensor
+    pos: Vec
+    vel: Vec
+    f_n: Tensor
+    w_t: Tensor
+    w_n: Tensor
+    j_n: Tensor
+
+    def impulse(self) -> Spatial:
+        """Of all points of a link, about the origin: j_n is vertical."""
+        (x, y, _), j = self.pos, self.j_n
+        zero = torch.zeros_like(j[0])  # (n, B)
+        return Spatial(Vec((y * j).sum(0), -(x * j).sum(0), zero), Vec(zero, zero, j.sum(0)))
+
+
+class JointTerms(NamedTuple):
+    """The dofs of a group: [component] -> (n, B), or (n, 1) where it is constant."""
+
+    diagonal: list[Tensor]
+    impulse: list[Tensor]
+
+
+class Terms(NamedTuple):
+    """A group's share of A and b."""
+
+    body: BodyTerms | None  # None where the links have no mass of their own
+    contact: ContactTerms | None
+    joint: JointTerms
+
+    def impulse(self) -> Spatial | None:
+        """All impulses on the links, about the origin."""
+        parts = [part.impulse() for part in (self.body, self.contact) if part is not None]
+        return parts[0] + parts[1] if len(parts) == 2 else parts[0] if parts else None
+
+
+def body_terms(g: Group, frame: Frame, vel: Spatial, acc: Spatial, h: float) -> BodyTerms:
+    """Mass m at c, inertia I about it; momentum less h times the Newton-Euler force at zero joint acceleration:
+
+        linear = m (v_c - h a_c),    angular = I omega - h (I alpha + omega x I omega)
+
+    omega, v_c and alpha, a_c: angular and linear velocity and acceleration of the centre of mass, gravity in a_c.
+    """
+    com, inertia = frame.pos + frame.rot @ g.com, g.inertia.rotated(frame.rot)
+    v_c = vel.at(com)
+    a_c = acc.at(com) + vel.ang.cross(v_c)  # a spatial acceleration lacks omega x v
+    spin = inertia @ vel.ang
+    linear = (v_c - a_c * h) * g.mass
+    angular = spin - (inertia @ acc.ang + vel.ang.cross(spin)) * h
+    return BodyTerms(com, g.mass, inertia, linear, angular)
+
+
+def contact_terms(g: Group, frame: Frame, vel: Spatial, softness: Softness, h: float) -> ContactTerms:
+    """The law of contact.py at the lowest point of every sphere. Over a substep its force on the link is
+
+        h f = (-w_t v_x', -w_t v_y', j_n - w_n v_z')
+
+    v': the point's velocity after the substep. The part in v' goes to A, as a mass would; j_n stays in b.
+    """
     c = g.contacts
-    x, y, z = _per_contact(g, frame.pos) + _per_contact(g, frame.rot) @ c.point
-    foot = Vec(x, y, z - c.radius)  # the lowest point of the (inflated) sphere
-    return frame.origin.z + foot.z - c.ground, foot, _per_contact(g, twist).at(foot)
+    x, y, z = _per_point(g, frame.pos) + _per_point(g, frame.rot) @ c.point
+    pos = Vec(x, y, z - c.radius)
+    v = _per_point(g, vel).at(pos)
+    gap = frame.origin.z + pos.z - c.ground
+    f_n, w_n, j_n = normal_law(gap, v.z, c.k, c.damping, softness.contact_width, h)
+    w_t = friction_weight(f_n, v.x, v.y, c.friction, softness.slip, h)
+    return ContactTerms(gap, pos, v, f_n, w_t, w_n, j_n)
 
 
-def _per_contact(g: Group, x):
+def _per_point(g: Group, x):
     """A quantity of the links, (n, B), repeated for each of their contact points, (p, n, B)."""
     return x.map(lambda t: t.expand(len(g.contacts.index), -1, -1))
 
 
-def assemble(model: Model, frames: list[Frame], qpos: Tensor, qvel: Tensor, qfrc: Tensor, h: float) -> list[Link]:
-    """Everything of A and b, link by link; qfrc (nv, B) are applied joint forces."""
-    soft = model.softness
-    velocity = twists(model, frames, qvel)
-    accel: list[Spatial] = []  # of every link when all joint accelerations are zero, gravity as a fictitious one
-    links = []
-    for g, frame, v in zip(model.groups, frames, velocity):
-        own = joint_velocity(g, frame, qvel) if g.parent >= 0 else v
-        if g.kind == "free":  # its linear coordinates are world axes: only the rotation carries a bias
-            bias = Spatial(v.ang * 0.0, v.lin.cross(v.ang))
-        else:
-            bias = Spatial(v.ang.cross(own.ang), v.ang.cross(own.lin) + v.lin.cross(own.ang))
-        if g.parent >= 0:
-            a = from_parent(model, g, accel[g.parent]) + bias
-        else:
-            a = Spatial(bias.ang, bias.lin - model.gravity)
-        accel.append(a)
+def joint_terms(g: Group, q, v, tau, softness: Softness, h: float) -> JointTerms:
+    """Armature, implicit damping and limits of every dof, and the forces along it:
 
-        com = inertia = linear = angular = touch = None
-        if g.has_mass:
-            com, inertia = frame.pos + frame.rot @ g.com, g.inertia.rotated(frame.rot)
-            u, spin = v.at(com), inertia @ v.ang
-            linear = (u - (a.at(com) + v.ang.cross(u)) * h) * g.mass
-            angular = spin - (inertia @ a.ang + v.ang.cross(spin)) * h
-        if g.contacts is not None:
-            c = g.contacts
-            gap, foot, u = contact_kinematics(g, frame, v)
-            force, weight, push = normal_law(gap, u.z, c.k, c.damping, soft.contact_width, h)
-            touch = Touch(foot, friction_weight(force, u.x, u.y, c.friction, soft.slip, h), weight, push)
-
-        diagonal, joint_impulse = [], []
-        for rows in g.dofs:
-            speed = rows_of(qvel, rows)
-            push = rows_of(qfrc, rows)
-            weight = g.armature
-            if g.damping is not None:
-                weight = weight + h * g.damping
-            if g.kind in ("hinge", "slide"):
-                q = rows_of(qpos, g.qpos[0])
-                if g.stiffness is not None:
-                    push = push - g.stiffness * (q - g.spring_ref)
-                if g.servo_kp is not None:
-                    push = push + g.servo_kp * q + g.servo_kv * speed
-            jump = g.armature * speed + h * push
-            if g.limited:
-                _, w_low, j_low = normal_law(q - g.limit_low, speed, g.limit_k, g.limit_damping, soft.limit_width, h)
-                _, w_high, j_high = normal_law(
-                    g.limit_high - q, -speed, g.limit_k, g.limit_damping, soft.limit_width, h
-                )
-                weight, jump = weight + w_low + w_high, jump + j_low - j_high
-            diagonal.append(weight)
-            joint_impulse.append(jump)
-        links.append(Link(com, g.mass, inertia, linear, angular, touch, diagonal, joint_impulse))
-    return links
+    diagonal = armature + h damping + w_limit
+    impulse  = armature v + h (tau + spring and servo) + j_limit
+    """
+    inertia = g.armature if g.damping is None else g.armature + h * g.damping  # (n, 1)
+    if g.kind in ("free", "ball"):  # neither springs nor limits
+        return JointTerms([inertia] * len(v), [g.armature * v_i + h * tau_i for v_i, tau_i in zip(v, tau)])
+    (q,), (v,), (tau,) = q, v, tau
+    impulse = g.armature * v + h * joint_force(g, q, v, tau)
+    if g.limited:
+        w, j = limit_terms(g, q, v, softness, h)
+        inertia, impulse = inertia + w, impulse + j
+    return JointTerms([inertia], [impulse])
 
 
-def residual(model: Model, frames: list[Frame], links: list[Link], x: Tensor, lam: Tensor) -> Tensor:
-    """lam . (b - A x), summed over the batch: what the adjoint method differentiates."""
+def joint_force(g: Group, q: Tensor, v: Tensor, tau: Tensor) -> Tensor:
+    """Of a hinge or slide: tau + stiffness (spring_ref - q) + kp q + kv v, explicit as in MuJoCo's Euler integrator."""
+    if g.stiffness is not None:
+        tau = tau + g.stiffness * (g.spring_ref - q)
+    return tau if g.servo_kp is None else tau + g.servo_kp * q + g.servo_kv * v
+
+
+def limit_terms(g: Group, q: Tensor, v: Tensor, softness: Softness, h: float) -> tuple[Tensor, Tensor]:
+    """Weight and impulse of a hinge's or slide's two stops: contacts in one dimension, the upper one mirrored."""
+    law = g.limit_k, g.limit_damping, softness.limit_width, h
+    _, w_low, j_low = normal_law(q - g.limit_low, v, *law)
+    _, w_high, j_high = normal_law(g.limit_high - q, -v, *law)
+    return w_low + w_high, j_low - j_high
+
+
+def assemble(model: Model, frames: list[Frame], q: Grouped, v: Grouped, tau: Grouped, h: float) -> list[Terms]:
+    """Everything of A and b, group by group, at a state and under applied joint forces tau."""
+    velocities = twists(model, frames, v)
+    accelerations = bias_accelerations(model, frames, v, velocities)
+    terms = []
+    for i, g in enumerate(model.groups):
+        body = body_terms(g, frames[i], velocities[i], accelerations[i], h) if g.has_mass else None
+        contact = contact_terms(g, frames[i], velocities[i], model.softness, h) if g.contacts else None
+        terms.append(Terms(body, contact, joint_terms(g, q[i], v[i], tau[i], model.softness, h)))
+    return terms
+
+
+def residual(model: Model, frames: list[Frame], terms: list[Terms], x: Grouped, lam: Grouped) -> Tensor:
+    """lam . (b - A x), summed over the batch: what the adjoint method differentiates.
+
+    With J x the velocities under x and J lam those under lam, it is a sum of J lam . (impulse - inertia J x).
+    """
     total = 0.0
-    for g, link, vx, vl in zip(model.groups, links, twists(model, frames, x), twists(model, frames, lam)):
-        if link.com is not None:
-            total = total + vl.at(link.com).dot(link.linear - vx.at(link.com) * link.mass).sum()
-            total = total + vl.ang.dot(link.angular - link.inertia @ vx.ang).sum()
-        if link.touch is not None:
-            t = link.touch
-            ux, ul = _per_contact(g, vx).at(t.pos), _per_contact(g, vl).at(t.pos)
-            drag = t.tangential * (ux.x * ul.x + ux.y * ul.y)
-            total = total + (ul.z * (t.push - t.normal * ux.z) - drag).sum()
-        for rows, d, j in zip(g.dofs, link.diagonal, link.joint_impulse):
-            total = total + (rows_of(lam, rows) * (j - d * rows_of(x, rows))).sum()
+    moved = zip(twists(model, frames, x), twists(model, frames, lam))
+    for g, (body, contact, joint), (vel_x, vel_lam), x_g, lam_g in zip(model.groups, terms, moved, x, lam):
+        if body is not None:
+            total = total + vel_lam.at(body.com).dot(body.linear - vel_x.at(body.com) * body.mass).sum()
+            total = total + vel_lam.ang.dot(body.angular - body.inertia @ vel_x.ang).sum()
+        if contact is not None:
+            p_x, p_lam = (_per_point(g, vel).at(contact.pos) for vel in (vel_x, vel_lam))
+            drag = contact.w_t * (p_x.x * p_lam.x + p_x.y * p_lam.y)
+            total = total + (p_lam.z * (contact.j_n - contact.w_n * p_x.z) - drag).sum()
+        for d, j, x_i, lam_i in zip(*joint, x_g, lam_g):
+            total = total + (lam_i * (j - d * x_i)).sum()
     return total

@@ -40,6 +40,10 @@ class Softness:
     limit_depth: float = 0.03  # rad or m
     slip: float = 0.02  # m/s, regularisation of Coulomb friction
 
+    def widened(self, factor: float) -> "Softness":
+        """The same law over `factor` times the widths."""
+        return replace(self, contact_width=self.contact_width * factor, limit_width=self.limit_width * factor)
+
 
 @dataclass
 class Contacts:
@@ -125,6 +129,16 @@ class Model:
     @property
     def nu(self) -> int:
         return self.mj_model.nu
+
+    @property
+    def qpos_rows(self) -> list[list[list[int]]]:
+        """Where in qpos the groups' coordinates are: [group][component][link]."""
+        return [g.qpos for g in self.groups]
+
+    @property
+    def dof_rows(self) -> list[list[list[int]]]:
+        """Where in qvel the groups' dofs are."""
+        return [g.dofs for g in self.groups]
 
     def without_margins(self) -> "Model":
         """The same robot measured by its geoms as they are drawn."""
@@ -214,17 +228,17 @@ class _Builder:
             for row, p in enumerate(joints):
                 for c in children[p]:
                     kind = JOINT[m.jnt_type[c]]
-                    lead = kind == "slide" and (index < 0 or groups[index].shifts_tree)
-                    packs.setdefault((kind, lead), []).append((row, c))
-            for (kind, lead), members in packs.items():
-                g = [c for _, c in members]
+                    shifts_tree = kind == "slide" and (index < 0 or groups[index].shifts_tree)
+                    packs.setdefault((kind, shifts_tree), []).append((row, c))
+            for (kind, shifts_tree), members in packs.items():
+                rows, ids = [row for row, _ in members], [c for _, c in members]
                 nq, nd = {"free": (7, 6), "ball": (4, 3)}.get(kind, (1, 1))
                 groups.append(Group(
-                    kind, index, [row for row, _ in members], g, shifts_tree=lead,
-                    qpos=[[int(m.jnt_qposadr[c]) + k for c in g] for k in range(nq)],
-                    dofs=[[int(m.jnt_dofadr[c]) + k for c in g] for k in range(nd)],
+                    kind, index, rows, ids, shifts_tree=shifts_tree,
+                    qpos=[[int(m.jnt_qposadr[c]) + i for c in ids] for i in range(nq)],
+                    dofs=[[int(m.jnt_dofadr[c]) + i for c in ids] for i in range(nd)],
                 ))  # fmt: skip
-                todo.append((len(groups) - 1, g))
+                todo.append((len(groups) - 1, ids))
         return groups
 
     # --- constants of one group -----------------------------------------------------------------------------
@@ -307,7 +321,7 @@ class _Builder:
         g.inertia = Sym(*(self.column(inertia[:, i, k]) for i, k in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))))
 
     def fill_contacts(self, g: Group):
-        per_link = [self.contact_points(j) for j in g.joints]
+        per_link = [self.spheres(j) for j in g.joints]
         p, n = max(map(len, per_link)), len(per_link)
         if p == 0:
             return
@@ -323,7 +337,7 @@ class _Builder:
         x, y, z, *rest = (c.unsqueeze(-1) for c in columns)
         g.contacts = Contacts(Vec(x, y, z), *rest, index)
 
-    def contact_points(self, joint) -> list[tuple]:
+    def spheres(self, joint) -> list[tuple]:
         """(name, point, radius, ground, k, damping, friction) of every sphere of the link that can meet a plane."""
         m, found = self.m, []
         planes = [p for p in range(m.ngeom) if int(m.geom_type[p]) == GEOM.mjGEOM_PLANE and not m.geom_bodyid[p]]
@@ -352,8 +366,8 @@ class _Builder:
                 damping = self.hunt_crossley(timeconst, ratio, self.softness.contact_depth)[0]
                 friction = self.friction(geom, plane)
                 ground = self.data.geom_xpos[plane, 2]
-                label = m.geom(geom).name or f"geom {geom}"
-                found += [(label, x, radius + margin, ground, k, damping, friction) for x in points]
+                name = m.geom(geom).name or f"geom {geom}"
+                found += [(name, x, radius + margin, ground, k, damping, friction) for x in points]
 
         # A sphere inside another of the same link can never be the one that touches first.
         def hidden(i, a):
@@ -375,7 +389,7 @@ class _Builder:
         """MuJoCo's rule: the higher priority decides, else the average weighted by solmix."""
         m = self.m
         if m.geom_priority[geom] != m.geom_priority[plane]:
-            return m.geom_solref[max((geom, plane), key=lambda g: m.geom_priority[g])]
+            return m.geom_solref[max((geom, plane), key=lambda i: m.geom_priority[i])]
         a, b = m.geom_solmix[geom], m.geom_solmix[plane]
         w = a / (a + b) if a + b > 0 else 0.5
         return w * m.geom_solref[geom] + (1 - w) * m.geom_solref[plane]
@@ -383,7 +397,7 @@ class _Builder:
     def friction(self, geom, plane) -> float:
         m = self.m
         if m.geom_priority[geom] != m.geom_priority[plane]:
-            geom = plane = max((geom, plane), key=lambda g: m.geom_priority[g])
+            geom = plane = max((geom, plane), key=lambda i: m.geom_priority[i])
         if max(m.geom_condim[geom], m.geom_condim[plane]) == 1:
             return 0.0
         return float(max(m.geom_friction[geom, 0], m.geom_friction[plane, 0]))
@@ -425,7 +439,7 @@ class _Builder:
     def warn_about_self_collision(self):
         """MuJoCo would let these geoms touch: not those of one link, nor of a link and its parent."""
         m = self.m
-        moving = [g for g in range(m.ngeom) if self.link_of_body(m.geom_bodyid[g]) >= 0]
+        moving = [i for i in range(m.ngeom) if self.link_of_body(m.geom_bodyid[i]) >= 0]
         weld = m.body_weldid[m.geom_bodyid]
         above = m.body_weldid[m.body_parentid[weld]]
         pairs = [
@@ -433,6 +447,6 @@ class _Builder:
             if collide(m, a, b) and weld[a] != weld[b] and above[a] != weld[b] and above[b] != weld[a]
         ]  # fmt: skip
         if pairs:
-            names = " and ".join(label(m, "geom", g) for g in pairs[0])
+            names = " and ".join(label(m, "geom", i) for i in pairs[0])
             message = f"contact between moving geoms is ignored ({len(pairs)} pairs, {names} first)"
             warnings.warn(message, SelfCollisionWarning, stacklevel=4)

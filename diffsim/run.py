@@ -179,6 +179,7 @@ class Run:
         self.recent: deque = deque(maxlen=episodes)  # (return, length)
         self.numbers: dict[str, float] = {}  # of this iteration, by tag
         self.sums: dict[str, float] = defaultdict(float)  # since the last row: seconds of laps, bad states
+        self.means: dict[str, list] = defaultdict(list)  # since the last row, to be averaged
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
         self.interrupted = False
@@ -286,9 +287,15 @@ class Run:
         """Numbers of this iteration, by tag; an iteration that logs none has no row."""
         self.numbers |= {tag: x.item() if isinstance(x, torch.Tensor) else x for tag, x in numbers.items()}
 
+    def mean(self, numbers: dict):
+        """Numbers of one of many updates, by tag: the row has their means since the last one."""
+        for tag, x in numbers.items():
+            self.means[tag].append(torch.as_tensor(x).detach().float())
+
     def _write_row(self):
         wall = time.time() - self.start
         numbers = {"charts/SPS": int(self.global_step / wall)} | self.numbers
+        numbers |= {tag: torch.stack(x).mean().item() for tag, x in self.means.items()}
         if self.recent:
             tags = "charts/episodic_return", "charts/episodic_length"
             numbers |= dict(zip(tags, np.mean(self.recent, 0).tolist()))
@@ -303,7 +310,7 @@ class Run:
             self._rewrite([*self.metrics.fieldnames, *new], rows)
         self.metrics.writerow(row)
         self._show(numbers, wall)
-        self.numbers, self.sums = {}, defaultdict(float)
+        self.numbers, self.sums, self.means = {}, defaultdict(float), defaultdict(list)
 
     def _rewrite(self, columns: list[str], rows: list[dict]):
         """metrics.csv with these columns and rows; later rows are appended, each whole before the next."""

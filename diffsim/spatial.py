@@ -83,15 +83,24 @@ class Sym(NamedTuple):
     def __add__(self, o):
         return Sym(*(p + q for p, q in zip(self, o)))
 
+    def minus_outer(self, p: Vec, q: Vec) -> "Sym":
+        """self - p q^T, where q is a multiple of p."""
+        return Sym(
+            self.xx - p.x * q.x, self.yy - p.y * q.y, self.zz - p.z * q.z,
+            self.xy - p.x * q.y, self.xz - p.x * q.z, self.yz - p.y * q.z,
+        )  # fmt: skip
+
     def rotated(self, r: Mat) -> "Sym":
         """R I R^T: the same inertia seen from the world's axes."""
-        p, q, s = r.a, r.b, r.c
-        u = p * self.xx + q * self.xy + s * self.xz  # columns of R I
-        v = p * self.xy + q * self.yy + s * self.yz
-        w = p * self.xz + q * self.yz + s * self.zz
+        a, b, c = r
+        columns = (  # of R I
+            a * self.xx + b * self.xy + c * self.xz,
+            a * self.xy + b * self.yy + c * self.yz,
+            a * self.xz + b * self.yz + c * self.zz,
+        )
 
         def entry(i, j):
-            return u[i] * p[j] + v[i] * q[j] + w[i] * s[j]
+            return columns[0][i] * a[j] + columns[1][i] * b[j] + columns[2][i] * c[j]
 
         return Sym(entry(0, 0), entry(1, 1), entry(2, 2), entry(0, 1), entry(0, 2), entry(1, 2))
 
@@ -110,6 +119,9 @@ class Spatial(NamedTuple):
 
     def __mul__(self, s):
         return Spatial(self.ang * s, self.lin * s)
+
+    def __neg__(self):
+        return Spatial(-self.ang, -self.lin)
 
     def dot(self, o):
         return self.ang.dot(o.ang) + self.lin.dot(o.lin)
@@ -145,8 +157,8 @@ def axis_angle_to_mat(axis: Vec, angle) -> Mat:
     )
 
 
-def quat_integrate(q, omega: Vec, h: float):
-    """q * exp(h omega / 2), normalised: omega in the body's frame, constant over the step."""
+def quat_integrate(q: list[Tensor], omega: Vec, h: float) -> list[Tensor]:
+    """q * exp(h omega / 2), normalised: omega in the body's frame, constant for h seconds."""
     w, x, y, z = q
     angle2 = omega.dot(omega) * (h * h)
     angle = torch.sqrt(angle2 + 1e-24)  # sqrt'(0) is infinite: keep away from it
@@ -158,4 +170,4 @@ def quat_integrate(q, omega: Vec, h: float):
     ny = w * ey - x * ez + y * c + z * ex
     nz = w * ez + x * ey - y * ex + z * c
     scale = torch.rsqrt(nw * nw + nx * nx + ny * ny + nz * nz)
-    return nw * scale, nx * scale, ny * scale, nz * scale
+    return [nw * scale, nx * scale, ny * scale, nz * scale]

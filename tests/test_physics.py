@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.dynamics import contact_points
+from diffsim.articulated import solve
+from diffsim.contact import friction_weight, normal_law
+from diffsim.dynamics import actuator_force, contact_points, forward_substep, integrate
+from diffsim.forces import assemble, residual
+from diffsim.kinematics import forward_kinematics, join, split, twists
 from diffsim.tasks.base import GYMNASIUM_ASSETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,6 +151,120 @@ def test_derivative_of_a_step_with_contacts_and_limits(source):
     torch.testing.assert_close(analytic.T, numeric, atol=1e-5, rtol=1e-4)
 
 
+def dense(model, terms, qpos):
+    """A (nv, nv) and b (nv) of one state from its terms, by Jacobians that are written out."""
+    nv = model.nv
+    A, b = torch.zeros(nv, nv).double(), torch.zeros(nv).double()
+    frames = forward_kinematics(model, split(qpos.repeat(1, nv), model.qpos_rows))
+    velocities = twists(model, frames, split(torch.eye(nv).double(), model.dof_rows))  # column i: under unit velocity i
+
+    def add(jacobian, inertia, impulse):  # (3, n, nv), (3, 3, n), (3, n)
+        A.add_(torch.einsum("ani,abn,bnj->ij", jacobian, inertia, jacobian))
+        b.add_(torch.einsum("ani,an->i", jacobian, impulse))
+
+    for g, (body, contact, joint), vel in zip(model.groups, terms, velocities):
+        if body is not None:
+            xx, yy, zz, xy, xz, yz = (t[:, 0] for t in body.inertia)
+            inertia = torch.stack([torch.stack(r) for r in ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))])
+            add(torch.stack(vel.ang), inertia, torch.stack(body.angular)[..., 0])
+            at_com = torch.stack(vel.at(body.com))
+            add(at_com, torch.eye(3)[..., None] * body.mass[:, 0], torch.stack(body.linear)[..., 0])
+        if contact is not None:
+            for i in range(len(g.contacts.index)):
+                w_t, w_n, j_n = (t[i, :, 0] for t in (contact.w_t, contact.w_n, contact.j_n))
+                weight = torch.eye(3)[..., None] * torch.stack([w_t, w_t, w_n])
+                add(
+                    torch.stack(vel.at(contact.pos.map(lambda t, i=i: t[i]))),
+                    weight,
+                    torch.stack([0 * j_n, 0 * j_n, j_n]),
+                )
+        for rows, d, j in zip(g.dofs, *joint):
+            A[rows, rows] += d[:, 0]
+            b[rows] += j[:, 0]
+    return A, b
+
+
+def state_on_the_ground(source):
+    """A robot, or a random tree with its floor raised, in a random state: contacts and limits act."""
+    if isinstance(source, str):
+        model = load(source)
+    else:
+        model = diffsim.load_model(random_tree(source).replace("0 0 -5", "0 0 .3"), dtype=torch.float64)
+    qpos, qvel, ctrl = random_state(model.mj_model, 1, seed=3)
+    if source in ("ant", "humanoid"):
+        qpos[2] -= contact_points(model, qpos, qvel)[0].min() + 0.01  # the lowest point 1 cm inside
+    return model, qpos, qvel, actuator_force(model, ctrl)
+
+
+def assert_solves(A, x, b):
+    assert abs(A @ x - b).max() < 1e-14 * (abs(A) @ abs(x)).max()  # the rounding of A x, no more
+    # a dense solver's x, but for what the condition makes of rounding: within 1e-12 at a condition of 1e5
+    assert relative(x, torch.linalg.solve(A, b)) < 1e-14 + 1e-17 * float(torch.linalg.cond(A))
+
+
+@pytest.mark.parametrize("source", [*ROBOTS, *range(12)])
+def test_a_substep_solves_the_dense_equation(source):
+    model, qpos, qvel, qfrc = state_on_the_ground(source)
+    q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
+    frames = forward_kinematics(model, q)
+    terms = assemble(model, frames, q, v, tau, model.timestep)
+    A, b = dense(model, terms, qpos)
+    assert_solves(A, forward_substep(model, qpos, qvel, qfrc)[1][:, 0], b)
+    rhs, other = torch.tensor(np.random.default_rng(5).normal(size=(2, model.nv, 1)))
+    lam = solve(model, frames, terms, [None] * len(terms), split(rhs, model.dof_rows))  # the adjoint's call
+    assert_solves(A, join(lam, model.dof_rows)[:, 0], rhs[:, 0])
+    scalar = residual(model, frames, terms, split(rhs, model.dof_rows), split(other, model.dof_rows))
+    assert relative(scalar, other[:, 0] @ (b - A @ rhs[:, 0])) < 1e-12
+    # what A is made of: mass, damping and positive weights, no more
+    free, m = free_of_constraints(model)
+    terms = assemble(free, frames, q, v, tau, model.timestep)
+    rest = dense(free, terms, qpos)[0] - diffsim.mass_matrix(model, qpos)[:, :, 0]
+    assert relative(rest, np.diag(model.timestep * m.dof_damping)) < 1e-9 or abs(rest).max() < 1e-12
+    assert float(torch.linalg.eigvalsh(A - dense(free, terms, qpos)[0])[0]) > -1e-9 * float(A.abs().max())
+
+
+@pytest.mark.parametrize("source", ["ant", "humanoid", 1])
+def test_the_states_of_the_dense_equation_touch_and_pass_stops(source):
+    model, qpos, qvel, _ = state_on_the_ground(source)
+    assert float(contact_points(model, qpos, qvel)[0].min()) < 0
+    if isinstance(source, str):
+        angles = [(g, qpos[g.qpos[0]]) for g in model.groups if g.limited]
+        assert any(bool(((x < g.limit_low) | (x > g.limit_high)).any()) for g, x in angles)
+
+
+def test_the_law_is_its_force_linearised_at_the_end_of_the_substep():
+    k, d, s, h = 1500.0, 5.0, 0.003, 0.004
+    gap = torch.linspace(-0.01, 0.01, 9).double().repeat(9, 1).requires_grad_()
+    speed = torch.linspace(-1, 1, 9).double()[:, None].repeat(1, 9).requires_grad_()  # from 1 / d = 0.2 on: no force
+    force, weight, impulse = normal_law(gap, speed, k, d, s, h)
+    expected = k * s * torch.log1p(torch.exp(-gap / s)) * (1 - d * speed).clamp(min=0)
+    torch.testing.assert_close(force, expected)
+    by_gap, by_speed = torch.autograd.grad(expected.sum(), (gap, speed))
+    for new_speed in (-0.7, 0.0, 0.3):
+        linear = h * (expected + by_gap * h * new_speed + by_speed * (new_speed - speed))
+        torch.testing.assert_close(impulse - weight * new_speed, linear)
+    assert float(force.min()) == 0.0 and float(weight.min()) == 0.0 and float(weight.max()) > 0.01
+    vx, vy, mu, slip = gap * 50, speed, 0.8, 0.02
+    pull = friction_weight(force, vx, vy, mu, slip, h) * torch.stack([vx, vy])
+    size = torch.sqrt(vx**2 + vy**2)
+    torch.testing.assert_close(pull.norm(dim=0), h * mu * force * size / torch.sqrt(size**2 + slip**2))
+
+
+def test_second_derivatives_raise_one_line():
+    model, qpos, qvel, _ = state_on_the_ground("hopper")
+    ctrl = torch.zeros(model.nu, 1).double()
+
+    def energy(qvel):
+        return diffsim.step(model, qpos, qvel, ctrl)[1].square().sum()
+
+    with pytest.raises(RuntimeError, match="differentiable once") as error:
+        torch.autograd.functional.hessian(energy, qvel)
+    assert "\n" not in str(error.value)
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="autograd.Function"):
+            transform(energy)(qvel)
+
+
 BLOCK = """<mujoco><option timestep=".002" gravity="{g} 0 -9.81"/><worldbody>
 <geom type="plane" size="1 1 1" friction=".5"/>
 <body pos="0 0 .1"><freejoint/><geom type="box" size=".1 .1 .1" mass="2" friction=".5"/></body></worldbody></mujoco>"""
@@ -169,6 +287,22 @@ def test_resting_weight_and_friction():
     for _ in range(50):
         qpos, qvel = diffsim.step(model, qpos, qvel, ctrl)
     assert (before - float(qvel[0])) / (50 * 0.002) == pytest.approx(mu * 9.81, rel=0.02)
+
+
+def test_a_stop_bears_what_pushes_against_it():
+    xml = """<mujoco><option timestep=".002" gravity="0 0 0"/><worldbody><body>
+    <joint name="j" axis="0 1 0" limited="true" range="-30 20" damping="1"/><geom size=".1" pos="0 0 -1" contype="0"
+    conaffinity="0" mass="1"/></body></worldbody><actuator><motor joint="j"/></actuator></mujoco>"""
+    model = diffsim.load_model(xml, dtype=torch.float64)
+    (g,) = model.groups
+    torque = torch.tensor([[3.0, -3.0]]).double()  # one environment against each stop
+    q, v = torch.zeros(1, 2).double(), torch.zeros(1, 2).double()
+    for _ in range(3000):
+        q, v = diffsim.step(model, q, v, torque)
+    gap = torch.stack([g.limit_high[0, 0] - q[0, 0], q[0, 1] - g.limit_low[0, 0]])
+    force, _, _ = normal_law(gap, 0 * gap, g.limit_k[0], g.limit_damping[0], model.softness.limit_width, 0.002)
+    torch.testing.assert_close(force, torque[0].abs(), rtol=1e-3, atol=0)
+    assert float(gap.abs().max()) < 0.05
 
 
 def test_pendulum_keeps_its_energy_to_first_order():
@@ -230,9 +364,6 @@ def test_unreadable_mjcf_is_one_line(xml):
 
 @pytest.mark.parametrize("source", ["ant", "hopper"])
 def test_gradcheck_of_every_stage(source):
-    from diffsim.contact import friction_weight, normal_law
-    from diffsim.dynamics import integrate
-
     model = load(source)
     qpos, qvel, _ = random_state(model.mj_model, 1)
     if source == "ant":
