@@ -1,22 +1,26 @@
-"""Train scripts on tasks with several seeds, and keep what the README's tables and figures are made of.
+"""Train scripts on tasks with several seeds, as a user starts them, and keep what tables and figures are made of.
 
     python benchmarks/train.py --envs ant --scripts shac rpo_diffsim --seeds 1 2 3
+    python benchmarks/train.py --envs ant --scripts rpo_diffsim --tag no-kl --flags="--kl-coef 0"
+    python benchmarks/train.py --envs ant --scripts shac --results benchmarks    # into the committed CSVs
 
-Each run's metrics.csv becomes results/<env>__<script>__<seed>.csv; its final policy is played for 10 episodes on both
-engines (that of a Gymnasium id: on Gymnasium) into results/replay.csv. Two runs at a time, one thread each. A `--tag`
-names a variant: <script>-<tag>.
+A run <env>__<script>[-<tag>]__<seed> is a row of runs.csv and at most 200 of curves.csv.gz in the folder --results. Its
+final policy is played there too: 10 episodes on each engine that has the task, 64 on MuJoCo to count falls. Runs that
+the folder has are left out, so the same command goes on where it was stopped.
 """
 
-import csv
-import json
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 import tyro
 
@@ -24,10 +28,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import diffsim  # noqa: E402
 from diffsim.gymnasium_env import is_gymnasium_id  # noqa: E402
+from diffsim.play import load_policy, playback_env, rollout  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
-KEYS = ("return", "length", "speed", "limit_violation", "penetration")
-HEADER = ["run", "physics", "episodes", *(f"{k}_{s}" for k in KEYS for s in ("mean", "std", "max"))]
+FOLDERS = ROOT / "runs" / "benchmarks"
+ALGORITHMS = {"rpo_diffsim": "RPO", "shac": "SHAC", "ppo_baseline": "PPO", "rp_pgm_mb": "RP-PGM"}
+CURVES = ["global_step", "wall_time_s", "episodic_return", "eval_return", "norm_before_clip", "kl"]
+EPISODES, EPISODES_TO_FALL, POINTS = 10, 64, 200  # points of a curve
 
 
 @dataclass
@@ -42,82 +48,133 @@ class Args:
     """more flags for the script, one string"""
     tag: str = ""
     """name of the variant those flags make"""
-    compile: int = 256
-    """number of environments to compile the physics for before the clock starts; 0: none"""
-    jobs: int = 2
-    """runs at a time"""
-    run_dir: str = "runs/benchmarks"
-    """where the run folders go"""
+    results: Path = FOLDERS
+    """folder of runs.csv and curves.csv.gz; `benchmarks` holds those of the READMEs"""
+    again: bool = False
+    """train again what --results has, and replace it"""
 
 
-def train(args: Args, env: str, script: str, seed: int) -> Path:
-    """One run as a user starts it; its folder."""
-    folder = ROOT / args.run_dir / f"{env}__{script}{args.tag and '-' + args.tag}__{seed}"
+# --- one run ------------------------------------------------------------------------------------------------------
+def commit() -> str:
+    """What is checked out; +dirty if files differ from it. Results that come in do not count."""
+    asked = ["git rev-parse --short HEAD", "git status --porcelain -- . :!benchmarks"]
+    head, changes = (subprocess.run(x.split(), cwd=ROOT, capture_output=True, text=True).stdout.strip() for x in asked)
+    return head + "+dirty" * bool(changes)
+
+
+def start(job: dict, folder, *more: str, **how):
+    """A script in a process of its own, as a user starts it, with one thread."""
+    flags = ["--env", job["env"], "--seed", str(job["seed"]), "--run-dir", str(folder), *job["flags"].split(), *more]
+    command = [sys.executable, f"{job['script']}.py", *flags]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+
+
+def train(job: dict) -> Path | None:
+    """The run's folder; none if it failed. One iteration is run before it, so that nothing is compiled in its time."""
+    folder = FOLDERS / job["run"]
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, f"{script}.py", "--env", env, "--seed", str(seed), "--run-dir", str(folder)]
     folder.mkdir(parents=True)
-    with open(folder / "log.txt", "w") as log:
-        subprocess.run(
-            command + args.flags.split(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    run = next(p.parent for p in folder.glob("*/metrics.csv"))
-    shutil.copy(run / "metrics.csv", RESULTS / f"{folder.name}.csv")
-    if (run / "probe.csv").exists():
-        (RESULTS / "probes").mkdir(exist_ok=True)
-        shutil.copy(run / "probe.csv", RESULTS / "probes" / f"{folder.name}.csv")
-    return run
+    with tempfile.TemporaryDirectory() as elsewhere, open(folder / "log.txt", "w") as log:
+        start(job, elsewhere, "--stop-after", "1", capture_output=True)
+        job["commit"] = commit()
+        done = start(job, folder, stdout=log, stderr=subprocess.STDOUT)
+    return next((p.parent for p in folder.glob("*/policy.pt2")), None) if done.returncode == 0 else None
 
 
-def replay(run: Path, name: str) -> list[list]:
-    """The final policy on both engines, in a process of its own."""
-    code = (
-        "import sys, json, torch; torch.set_num_threads(1)\n"
-        "from diffsim.gymnasium_env import is_gymnasium_id\n"
-        "from diffsim.play import load_policy, playback_env, policy_obs_dim, rollout\n"
-        "policy, env = load_policy(sys.argv[1])\n"
-        "for physics in ('gymnasium',) if is_gymnasium_id(env) else ('diffsim', 'mujoco'):\n"
-        "    r = rollout(playback_env(env, 10, physics, policy_obs_dim(policy)), policy, 10)\n"
-        f"    known = [r[k] if k in r else r['return'] * float('nan') for k in {KEYS}]\n"
-        "    print(json.dumps([physics, *(float(f) for x in known for f in (x.mean(), x.std(), x.max()))]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, run], cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    return [[name, physics, 10, *(round(x, 4) for x in numbers)] for physics, *numbers in lines]
+def replay(folder: Path) -> dict:
+    """What the final policy does on every engine that has the task."""
+    policy, env = load_policy(folder)
+    row: dict[str, float] = {}
+    for physics in ("gymnasium",) if is_gymnasium_id(env) else ("diffsim", "mujoco"):
+        played = rollout(playback_env(env, EPISODES, physics), policy, EPISODES)
+        row[f"return_{physics}"] = float(played["return"].mean())
+        if physics != "gymnasium":
+            row[f"limit_{physics}"] = float(played["limit_violation"].max())
+            row[f"depth_{physics}"] = float(played["penetration"].max())
+    if env in diffsim.TASKS or not is_gymnasium_id(env):
+        on_mujoco = playback_env(env, EPISODES_TO_FALL, "mujoco")
+        played = rollout(on_mujoco, policy, EPISODES_TO_FALL)
+        row["falls"] = int((played["length"] < on_mujoco.max_episode_steps).sum())
+        row["falls_return"] = float(played["return"].mean())
+    return row
 
 
-def keep(rows: list[list]):
-    """Put rows in replay.csv, in the place of earlier ones of the same run."""
-    path, table = RESULTS / "replay.csv", {}
-    if path.exists():
-        with open(path) as f:
-            table = {tuple(r[:2]): r for r in list(csv.reader(f))[1:]}
-    table |= {tuple(r[:2]): r for r in rows}
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows([HEADER, *(table[k] for k in sorted(table))])
+def measured(folder: Path) -> tuple[dict, pd.DataFrame]:
+    """The numbers of a run's row, and its curve: at most POINTS rows, the last and all with an evaluation among them.
+
+    KL and share inside the clip range are over all iterations, as the script logs them.
+    """
+    args = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")["args"]
+    metrics = pd.read_csv(folder / "metrics.csv").rename(columns=dict(approx_kl="kl"))
+    metrics = metrics.reindex(columns=[*CURVES, "inside_clip", "std"])
+    evaluated = np.flatnonzero(metrics.eval_return.notna())[-(POINTS - 2) :]
+    even = np.linspace(0, len(metrics) - 1, POINTS - len(evaluated)).round().astype(int)
+    last = metrics.iloc[-1]
+    row = dict(
+        physics=args["physics"], versions=" ".join(f"{name} {version(name)}" for name in ("torch", "mujoco")),
+        steps=int(last.global_step), minutes=round(last.wall_time_s / 60, 3),
+        return_training=metrics.episodic_return.iloc[-5:].mean(), eval_return=metrics.eval_return.iloc[evaluated[-1]],
+        eval_episodes=args["eval_episodes"], kl=metrics.kl.median(), inside_clip=metrics.inside_clip.mean(),
+        std=last["std"],
+    )  # fmt: skip
+    return row | replay(folder), metrics[CURVES].iloc[np.union1d(even, evaluated)]
 
 
-def main():
-    args = tyro.cli(Args)
-    RESULTS.mkdir(exist_ok=True)
+# --- the results --------------------------------------------------------------------------------------------------
+def read(path: Path) -> pd.DataFrame:
+    """As text, so that what is not replaced is written as it was."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame(columns=["run"])
+
+
+def put(path: Path, new: pd.DataFrame, digits: int):
+    """Add rows, in the place of earlier ones of the same run. The file is there whole, or as it was before."""
+    new = new.map(lambda x: (f"{x:.{digits}g}" if x == x else "") if isinstance(x, float) else str(x))
+    old = read(path)
+    rows = pd.concat([old[~old.run.isin(new.run)], new]).sort_values("run", kind="stable").fillna("")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"tmp-{path.name}")
+    zipped = dict(method="gzip", mtime=0) if path.suffix == ".gz" else None  # same rows, same bytes
+    rows.to_csv(temporary, index=False, compression=zipped)
+    os.replace(temporary, path)
+
+
+def planned(args: Args) -> list[dict]:
+    """The runs that --results does not have. Bad input ends the program with one line."""
+    flags = " ".join(args.flags.split())
+    if bool(flags) != bool(args.tag) or "__" in args.tag:
+        sys.exit("train.py: --tag names the variant that --flags make: give both, or neither; no __ in it")
+    known, jobs = read(args.results / "runs.csv"), []
+    done = dict(zip(known.run, known.get("flags", [])))
+    for env, seed, script in product(args.envs, args.seeds, args.scripts):
+        if not (ROOT / f"{script}.py").exists():
+            sys.exit(f"train.py: there is no {script}.py")
+        name = f"{env.split(':')[-1]}__{script}{args.tag and '-' + args.tag}__{seed}"
+        if done.get(name, flags) != flags:
+            sys.exit(f"train.py: {args.results} has {name} with flags '{done[name]}'; use another --tag")
+        if name in done and not args.again:
+            print(f"{name}: {args.results} has it; --again replaces it", flush=True)
+            continue
+        algorithm = "SAPO" if "--learn-entropy-coef" in flags else ALGORITHMS.get(script, script)
+        jobs.append(dict(run=name, env=env, script=script, algorithm=algorithm, tag=args.tag, seed=seed, flags=flags))
+    return jobs
+
+
+def main(args: Args):
     torch.set_num_threads(1)
-    if args.compile:
-        for env in args.envs:
-            # also what --physics mujoco differentiates with; two of the scripts leave Gymnasium's ids to Gymnasium
-            if not is_gymnasium_id(env) or {"shac", "rpo_diffsim"} & set(args.scripts):
-                diffsim.make(env, args.compile)
-
-    def work(job):
-        run = train(args, *job)
-        return replay(run, run.parent.name)
-
-    jobs = [(env, script, seed) for env in args.envs for seed in args.seeds for script in args.scripts]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for rows in pool.map(work, jobs):
-            keep(rows)
-            for row in rows:
-                print(*row[:2], "return", row[3], flush=True)
+    failed = []
+    for job in planned(args):
+        folder = train(job)
+        if folder is None:
+            failed.append(job["run"])
+            print(f"{job['run']}: failed, see {FOLDERS / job['run'] / 'log.txt'}", flush=True)
+            continue
+        numbers, curve = measured(folder)
+        put(args.results / "runs.csv", pd.DataFrame([job | numbers]), 7)
+        put(args.results / "curves.csv.gz", curve.assign(run=job["run"])[["run", *CURVES]], 5)
+        print(f"{job['run']}: return {numbers['eval_return']:.0f}, {numbers['minutes']:.1f} minutes", flush=True)
+    if failed:
+        sys.exit(f"train.py: {len(failed)} runs failed")
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))

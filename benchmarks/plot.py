@@ -1,0 +1,115 @@
+"""Draw the READMEs' figures from the committed results, or a user's own runs (return against steps and minutes).
+
+    python benchmarks/plot.py                                  # results.png, mujoco.png, gradients.png
+    python benchmarks/plot.py runs/ant__* --out mine.png
+
+Runs that differ in their seed are one curve: mean and range.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from tables import ALGORITHMS, ESTIMATORS, HERE, IN_DIFFSIM, ON_MUJOCO, load_curves, load_probes, load_runs
+
+plt.switch_backend("Agg")
+# flags in which runs may differ and still be one variant
+INCIDENTAL = "seed run_dir resume stop_after save_every num_threads capture_video compile device".split()
+Panels = dict[str, dict[str, list[pd.DataFrame]]]  # {title: {label: curves of its seeds}}
+
+
+def draw(panels: Panels, path: Path):
+    """Mean and range of the seeds against steps (above) and minutes (below), a column a panel."""
+    size = (3.6 * len(panels) + 0.6, 5.4)
+    figure, axes = plt.subplots(2, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for column, (title, variants) in zip(axes.T, panels.items()):
+        for axis, key, scale, end in zip(column, ("global_step", "wall_time_s"), (1e6, 60), (min, max)):
+            for i, (label, seeds) in enumerate(variants.items()):
+                color = f"C{ALGORITHMS.index(label) if label in ALGORITHMS else i}"
+                grid = np.linspace(0, end(seed[key].max() for seed in seeds), 300)  # who is through keeps its return
+                ys = np.stack([np.interp(grid, seed[key], seed.episodic_return) for seed in seeds])
+                axis.plot(grid / scale, ys.mean(0), color=color, label=f"{label} ({len(seeds)})")
+                axis.fill_between(grid / scale, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
+            axis.set(xlabel="minutes" if scale == 60 else "million environment steps", xlim=(0, None))
+            axis.grid(alpha=0.3)
+        column[0].set_title(title)
+        column[0].legend(fontsize=7)
+    figure.supylabel("return while training", fontsize="medium")
+    figure.savefig(path, dpi=100)
+
+
+def committed(which: str, *envs: str) -> Panels:
+    runs, panels = load_runs().query(which), defaultdict(dict)
+    for (env, algorithm), group in runs[runs.env.isin(envs)].groupby(["env", "algorithm"], sort=False):
+        panels[env][algorithm] = [load_curves()[run] for run in group.run]
+    return panels
+
+
+def settings(folder: Path) -> dict:
+    """Script and flags of a run; of one without a checkpoint what its name says."""
+    env, script, *_ = f"{folder.resolve().name}__".split("__")
+    if not (folder / "checkpoint.pt").exists():
+        return dict(env=env, script=script)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    flags = {name: x for name, x in checkpoint["args"].items() if name not in INCIDENTAL}
+    return flags | dict(env=env, script=checkpoint["script"])
+
+
+def of_user(folders: tuple[Path, ...]) -> Panels:
+    """Runs by environment; runs of a script that differ in more than the seed are named by what differs."""
+    variants, panels = [], defaultdict(dict)
+    for folder in folders:
+        try:
+            curve = pd.read_csv(folder / "metrics.csv").dropna(subset="episodic_return")
+        except (OSError, KeyError, pd.errors.EmptyDataError):
+            curve = pd.DataFrame()
+        if curve.empty:
+            sys.exit(f"plot.py: {folder} has no metrics.csv with returns")
+        variants.append((settings(folder), curve))
+    for mine, curve in variants:
+        rivals = [x for x, _ in variants if (x["env"], x["script"]) == (mine["env"], mine["script"])]
+        differ = [f"{k}={mine[k]}" for k in mine if any(x.get(k) != mine[k] for x in rivals)]
+        panels[mine["env"]].setdefault(" ".join([mine["script"], *differ]), []).append(curve)
+    return panels
+
+
+def draw_gradients(path: Path):
+    """Variance of the estimators against h, and bias and deviation where the true gradient is known."""
+    found, figure = load_probes(), plt.figure(figsize=(14, 3.6), layout="constrained")
+    envs, keys = ["Hopper-v5", "InvertedDoublePendulum-v5"] + 2 * ["hopper"], 2 * ["variance"] + ["bias", "deviation"]
+    for axis, env, key in zip(figure.subplots(1, 4), envs, keys):
+        of_env = found[found.env == env].groupby(["estimator", "spectral_norm"], observed=True, sort=False)
+        for (name, sn), group in of_env:
+            if key == "bias" and name not in ("dp", "dr"):  # the score functions' noise hides their bias
+                continue
+            values = group[key] / (group[key].iloc[0] if key == "variance" else 1)
+            color, style = f"C{list(ESTIMATORS).index(name)}", "-" if sn == "yes" else "--"
+            label = ESTIMATORS[name] + ", no SN" * (sn == "no")
+            axis.plot(group.h, values, style, color=color, marker="o", ms=3, label=label)
+        hs = sorted(found.h.unique())
+        unit = "variance at h = 1" if key == "variance" else "norm of the true gradient"
+        axis.set(title=env, xlabel="h", ylabel=f"{key} / {unit}", xscale="log", xticks=hs, xticklabels=hs)
+        axis.set_yscale("linear" if key == "bias" else "log")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), out: Path = Path("runs.png")):
+    """Draw these run folders into --out, or without any the READMEs' figures."""
+    if folders:
+        return draw(of_user(folders), out)
+    draw(committed(IN_DIFFSIM, "ant", "anymal", "humanoid"), HERE / "results.png")
+    draw(committed(ON_MUJOCO, "ant", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), HERE / "mujoco.png")
+    draw_gradients(HERE / "gradients.png")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,172 @@
+"""The committed results, the tables and figures made of them, and the script that adds to them."""
+
+import re
+import shutil
+import sys
+from math import nan
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import plot  # noqa: E402
+import tables  # noqa: E402
+import train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return tables.load_runs().set_index("run", drop=False)
+
+
+# --- the committed files ------------------------------------------------------------------------------------------
+def test_readmes_have_the_tables_of_the_csvs(monkeypatch):
+    before = [readme.read_text() for readme in tables.READMES]
+    assert "<!-- table learning -->" in before[1]
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    tables.main()  # exits where a table differs
+    assert [readme.read_text() for readme in tables.READMES] == before
+
+
+def test_readmes_have_no_returns_in_tables_of_their_own():
+    for readme in tables.READMES:
+        by_hand = tables.MARKED.sub("", readme.read_text())
+        assert not [line for line in by_hand.splitlines() if line.startswith("|") and re.search(r"\d,\d{3}", line)]
+
+
+@pytest.mark.parametrize(
+    "change, complaint", [(("12,", "13,"), "not from the CSVs"), (("learning", "lerning"), "asks")]
+)
+def test_check_finds_a_changed_number_and_an_unknown_table(change, complaint, monkeypatch, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((BENCHMARKS / "README.md").read_text().replace(*change))
+    monkeypatch.setattr(tables, "READMES", [readme])
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    with pytest.raises(SystemExit, match=complaint) as error:
+        tables.main()
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_is_named_by_what_it_is(runs):
+    assert runs.index.is_unique
+    for run in runs.itertuples():
+        assert run.run == f"{run.env}__{run.script}{run.tag and '-' + run.tag}__{run.seed}"
+        assert bool(run.tag) == bool(runs.loc[run.run, "flags"])
+        assert re.fullmatch(r"[0-9a-f]{7,12}(\+dirty)?", run.commit) and run.versions.startswith("torch")
+        assert (run.algorithm == "SAPO") == ("--learn-entropy-coef" in runs.loc[run.run, "flags"])
+
+
+def test_curves_are_those_of_the_runs(runs):
+    curves = tables.load_curves()
+    assert set(curves) == set(runs.index)
+    for name, curve in curves.items():
+        assert len(curve) <= train.POINTS and curve.global_step.is_monotonic_increasing
+        assert curve.global_step.iloc[-1] == runs.steps[name]
+        assert curve.eval_return.iloc[-1] == pytest.approx(runs.eval_return[name], rel=1e-4)
+        assert curve.wall_time_s.iloc[-1] / 60 == pytest.approx(runs.minutes[name], rel=1e-3)
+
+
+def test_every_run_is_in_a_table(runs):
+    shown = {name for which, _ in tables.VARIANTS.values() for name in runs.query(which).run}
+    shown |= set(runs.run[(runs.script == "ppo_baseline") & runs.tag.isin(tables.PPO)])  # beside others' returns
+    shown |= set(pd.read_csv(BENCHMARKS / "probes.csv").run)
+    assert set(runs.run) == shown
+
+
+def test_benchmarks_stay_small():
+    files = [path for path in BENCHMARKS.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) <= 15
+    assert sum(path.stat().st_size for path in files) <= 3e6
+    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 800
+
+
+# --- plots --------------------------------------------------------------------------------------------------------
+def run_folder(path: Path, seed=1, rows=300, **flags) -> Path:
+    """What a script leaves, without training."""
+    path.mkdir(parents=True)
+    steps = 64 * np.arange(1, rows + 1)
+    metrics = dict(iteration=range(rows), global_step=steps, wall_time_s=0.1 * steps, episodic_return=seed * steps)
+    metrics |= dict(eval_return=np.where(np.arange(rows) % 100 == 99, 2.0 * steps, nan), approx_kl=0.5, std=0.25)
+    pd.DataFrame(metrics).to_csv(path / "metrics.csv", index=False)
+    args = dict(env="ant", seed=seed, physics="diffsim", eval_episodes=64, run_dir=str(path.parent)) | flags
+    torch.save(dict(script="shac", args=args), path / "checkpoint.pt")
+    return path
+
+
+def test_plot_draws_the_runs_of_a_user(tmp_path):
+    folders = [run_folder(tmp_path / f"ant__shac__{seed}__now", seed, gamma=0.99) for seed in (1, 3)]
+    (label, seeds), *others = plot.of_user(tuple(folders))["ant"].items()
+    assert (label, len(seeds), others) == ("shac", 2, [])
+    folders.append(run_folder(tmp_path / "ant__shac__1__later", 1, gamma=0.9))
+    assert set(plot.of_user(tuple(folders))["ant"]) == {"shac gamma=0.99", "shac gamma=0.9"}
+    plot.main(tuple(folders), tmp_path / "mine.png")
+    height, width, _ = plot.plt.imread(tmp_path / "mine.png").shape
+    assert width > 300 and height > 300
+
+
+def test_plot_says_in_a_line_what_is_no_run(tmp_path):
+    with pytest.raises(SystemExit, match="has no metrics.csv with returns"):
+        plot.main((tmp_path,), tmp_path / "mine.png")
+
+
+# --- train.py -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Names of the runs that train.py starts; they cost nothing."""
+    started = []
+
+    def fake(job):
+        started.append(job["run"])
+        job["commit"] = "1234567"
+        return run_folder(tmp_path / f"{job['run']}-{len(started)}", len(started))
+
+    monkeypatch.setattr(train, "train", fake)
+    monkeypatch.setattr(train, "replay", lambda folder: dict(return_mujoco=12.5, falls=3))
+    return started
+
+
+def test_train_adds_a_row_and_a_thinned_curve(trained, tmp_path):
+    train.main(train.Args(seeds=(1, 2), results=tmp_path / "results"))
+    rows = pd.read_csv(tmp_path / "results" / "runs.csv").set_index("run")
+    curves = pd.read_csv(tmp_path / "results" / "curves.csv.gz")
+    assert trained == list(rows.index) == ["ant__shac__1", "ant__shac__2"]
+    row = rows.loc["ant__shac__2"]
+    assert (row.steps, row.minutes, row.eval_return) == (19200, 32.0, 38400.0)
+    assert (row.return_training, row.falls, row.kl, row.physics) == (2 * 64 * 298, 3, 0.5, "diffsim")
+    curve = curves[curves.run == "ant__shac__2"]
+    assert len(curve) <= 200 and curve.eval_return.notna().sum() == 3 and curve.global_step.iloc[-1] == 19200
+
+
+def test_train_leaves_results_that_are_there(trained, tmp_path):
+    for name in ("runs.csv", "curves.csv.gz"):
+        shutil.copy(BENCHMARKS / name, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    train.main(train.Args(results=tmp_path, seeds=(1, 2)))  # ant, SHAC: committed
+    assert trained == [] and {path: path.read_bytes() for path in before} == before
+    assert train.Args().results != BENCHMARKS and BENCHMARKS not in train.Args().results.parents
+
+    train.main(train.Args(results=tmp_path, seeds=(1,), again=True))
+    lines, after = before[tmp_path / "runs.csv"].splitlines(), (tmp_path / "runs.csv").read_bytes().splitlines()
+    assert trained == ["ant__shac__1"] and len(after) == len(lines)
+    assert [x.split(b",")[0] for x, y in zip(lines, after) if x != y] == [b"ant__shac__1"]
+
+
+@pytest.mark.parametrize("flags", [dict(flags="--gamma 0.9"), dict(tag="gamma"), dict(flags="--gamma 0.9", tag="sapo")])
+def test_train_refuses_a_name_for_two_things(flags, trained, tmp_path):
+    shutil.copy(BENCHMARKS / "runs.csv", tmp_path)
+    with pytest.raises(SystemExit, match="tag") as error:
+        train.main(train.Args(results=tmp_path, **flags))
+    assert trained == [] and "\n" not in str(error.value)
+
+
+def test_train_goes_on_after_a_run_that_failed(trained, monkeypatch, tmp_path, capsys):
+    fake = train.train
+    monkeypatch.setattr(train, "train", lambda job: None if job["seed"] == 1 else fake(job))
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        train.main(train.Args(seeds=(1, 2), results=tmp_path))
+    assert "ant__shac__1: failed" in capsys.readouterr().out
+    assert list(pd.read_csv(tmp_path / "runs.csv").run) == ["ant__shac__2"]
