@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import diffsim
 import rp_pgm_mb as rp
 from tests import run_fresh, run_script
 from tests.test_shac import play, rows
 
 TINY = "--no-compile --num-envs 2 --total-timesteps 4000 --learning-starts 20 --model-warmup 24 --batch-size 8".split()
-TINY += "--eval-every 0 --eval-episodes 2 --log-every 2 --save-every 20".split()
+TINY += "--eval-every 0 --eval-episodes 2 --log-every 2 --save-every 1000".split()
 GAMMA, H, OBS, ACT = 0.9, 4, 3, 2
 
 
@@ -50,6 +51,10 @@ class LinearActor(torch.nn.Module):
         return (u - z @ self.K.T) / 0.2
 
 
+def flat_grad(value, module):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(module.parameters()))])
+
+
 def quadratic_critic(z, action):
     return -(2 * z.square().sum(-1) + 0.5 * action.square().sum(-1)).expand(2, -1)
 
@@ -62,7 +67,7 @@ def linear_problem(batch: int, h: int = H):
 
 def gradient(name, world, actor, segment, noise, alpha=0.0):
     value, _ = rp.objective(name, actor, world, quadratic_critic, segment, noise, GAMMA, alpha)
-    return rp.flat_grad(value.mean(), actor).view(ACT, OBS)
+    return flat_grad(value.mean(), actor).view(ACT, OBS)
 
 
 def test_dp_on_a_perfect_model_is_the_analytic_gradient():
@@ -95,7 +100,7 @@ def real_segment(world, actor, z, noise):
             action, log_prob, u = actor(z, eps)
             z_next = world.step(z, action)
             flag = torch.zeros(len(z), dtype=torch.bool)
-            step = dict(z=z, u=u, reward=world.outcome(z, action, z_next)[0], z_next=z_next)
+            step = dict(z=z, u=u, log_prob=log_prob, reward=world.outcome(z, action, z_next)[0], z_next=z_next)
             steps.append(step | dict(terminated=flag, truncated=flag))
             z = z_next
     return {k: torch.stack([s[k] for s in steps]) for k in steps[0]}
@@ -115,7 +120,7 @@ def test_dr_takes_values_from_the_world_and_derivatives_from_the_model():
     world = LinearWorld()
     world.A = world.A + 0.1
     segment = real_segment(world, actor, z, noise)
-    value = rp.objective("dr", actor, model, quadratic_critic, segment, noise, GAMMA, 0.0)[0]
+    value = rp.objective("dr", actor, model, quadratic_critic, segment, noise, GAMMA, 0.0)[0]  # all weights are 1
     truth = rp.objective("dp", actor, world, quadratic_critic, segment, noise, GAMMA, 0.0)[0]
     torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-9)
     dp, dr = (gradient(name, model, actor, segment, noise) for name in ("dp", "dr"))
@@ -164,7 +169,7 @@ def test_the_expansion_ends_with_the_episode():
     def critic(z, action):
         return 100 * z[:, 0].expand(2, -1)
 
-    value, _ = rp.expansion(
+    value, _, _ = rp.expansion(
         actor, critic, step, torch.zeros(3, OBS).double(), torch.zeros(4, 3, ACT).double(), 0.5, 0.0
     )
     # r + r/2, then nothing; then V(s_2) = 200 at gamma^2; a third reward and V(s_3) = 300 at gamma^3
@@ -173,7 +178,7 @@ def test_the_expansion_ends_with_the_episode():
 
 
 def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
-    buffer = rp.ReplayBuffer(20, 2, obs=(1,), terminated=(), truncated=())
+    buffer = rp.ReplayBuffer(20, 2)
     for t in range(25):  # of 10 steps each: wrapped twice and a half
         buffer.add(
             obs=torch.tensor([[t], [100.0 + t]]),
@@ -189,7 +194,7 @@ def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
     assert bool((sample["terminated"] == ((time % 4 == 0) & ~second)).all())
     assert bool((sample["truncated"] == ((time % 4 == 0) & second)).all())
     assert float((buffer.sample(500, 1, recent=4)["obs"] % 100).min()) == 23
-    other = rp.ReplayBuffer(20, 2, obs=(1,), terminated=(), truncated=())
+    other = rp.ReplayBuffer(20, 2)
     other.load_state_dict(buffer.state_dict())
     assert all(torch.equal(x, other.data[k]) for k, x in buffer.data.items()) and other.count == 25
 
@@ -200,6 +205,17 @@ def test_truncated_weights_forget_the_next_episode():
     ended[1, 2] = True  # sample 2: its third action is the next episode's
     expected = torch.tensor([-7.0, 0.0, -3.0]).double().exp()
     torch.testing.assert_close(rp.truncated_weights(log_ratio, ended), expected / expected.mean())
+
+
+def test_recorded_segments_of_older_policies_count_less():
+    """dr's objective is the value times the truncated importance weight of the segment."""
+    world, actor, z, noise = linear_problem(50)
+    segment = real_segment(world, actor, z, noise)
+    value = rp.objective("dr", actor, world, quadratic_critic, segment, noise, GAMMA, 0.0)[0]
+    unlikely = segment | dict(log_prob=segment["log_prob"] + torch.linspace(0, 1, 50).double())
+    weighted = rp.objective("dr", actor, world, quadratic_critic, unlikely, noise, GAMMA, 0.0)[0]
+    weight = torch.exp(-H * torch.linspace(0, 1, 50).double())
+    torch.testing.assert_close(weighted, value * weight / weight.mean())
 
 
 def singular_values(net):
@@ -253,7 +269,8 @@ def test_the_average_follows_the_normalised_weights():
     quarter = weights()
     rp.follow(average, actor, 1.0)
     z = torch.randn(5, 4)
-    torch.testing.assert_close(average.distribution(z), actor.distribution(z))
+    for ours, theirs in zip(*((p.mean, p.stddev) for p in (average.distribution(z), actor.distribution(z)))):
+        torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(quarter, start + 0.25 * (weights() - start))
 
 
@@ -275,48 +292,65 @@ def test_same_seed_same_bits_and_resume(env, flags, tmp_path):
     assert f"{env} on " in play(run, "--episodes", 1).stdout
 
 
-def test_probe_measures_every_estimator_and_changes_nothing(tmp_path):
-    flags = ["--env", "cartpole", *TINY, "--stop-after", 30]
-    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "a")
-    probe = "--probe-every 60 --probe-draws 3 --probe-batch 4".split()
-    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "b", *probe)
-    a, b = ([{k: v for k, v in r.items() if not k.endswith("_s")} for r in rows(tmp_path / x)] for x in "ab")
-    assert a == b
-    with open(next((tmp_path / "b").iterdir()) / "probe.csv") as f:
-        found = list(csv.DictReader(f))
-    assert {(r["estimator"], int(r["h"])) for r in found} == {
-        (name, h) for name in ("dp", "dr", "lr", "true", "mfg") for h in (1, 2, 4, 8, 16)
+def test_the_lab_measures_every_estimator(tmp_path):
+    from benchmarks import gradients
+
+    for env in ("cartpole", "Pendulum-v1"):
+        run_script("rp_pgm_mb.py", "--env", env, *TINY, "--stop-after", 30, "--run-dir", tmp_path / "runs")
+    lab = dict(horizons=(1, 4), draws=3, batch=4, out=tmp_path / "probes.csv")
+    for _ in range(2):  # the second time in the place of the first
+        gradients.main(gradients.Args(tuple((tmp_path / "runs").iterdir()), **lab))
+    with open(tmp_path / "probes.csv") as f:
+        rows = list(csv.DictReader(f))
+    expected = {(env, name, h) for env in ("cartpole", "Pendulum-v1") for name in ("dp", "dr", "lr") for h in (1, 4)}
+    expected |= {("cartpole", name, h) for name in ("true", "mfg") for h in (1, 4)}
+    found = [(r["run"].split("__")[0], r["estimator"], int(r["h"])) for r in rows]
+    assert len(found) == len(set(found)) and set(found) == expected
+    assert all(float(r["variance"]) > 0 for r in rows)
+    bias = {
+        name: sum(float(r["bias"]) for r in rows if r["bias"] and r["estimator"] == name) for name in ("dp", "true")
     }
-    assert all(float(r["variance"]) > 0 for r in found)
-    for h in ("1", "2", "4", "8", "16"):  # one truth for all estimators, at which its own draws arrive
-        norms = {r["estimator"]: (float(r["true_norm"]), float(r["mean_norm"])) for r in found if r["h"] == h}
-        assert len({truth for truth, _ in norms.values()}) == 1 and norms["true"][0] == norms["true"][1] > 0
+    assert bias["dp"] > 0 == bias["true"]
+
+
+def test_the_parts_of_the_gradient_sum_to_it(tmp_path):
+    from benchmarks import gradients
+
+    run_script("rp_pgm_mb.py", "--env", "Pendulum-v1", *TINY, "--stop-after", 30, "--run-dir", tmp_path)
+    lab = gradients.Lab(next(tmp_path.iterdir()), 4)
+    z, noise = torch.randn(4, 3), torch.randn(5, 4, 1)
+    value, _ = rp.objective("dp", lab.actor, lab.model, lab.critic, {"z": z[None]}, noise, lab.args.gamma, lab.alpha)
+    parts = lab.parts(z, noise)
+    assert parts.shape[0] == 5 and bool((parts.norm(dim=1) > 0).all())
+    torch.testing.assert_close(parts.sum(0), lab.flat_grad(value), rtol=1e-4, atol=1e-6)
 
 
 def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient():
-    """ "mfg" and "true" of a probe, on one state and many draws of noise."""
+    """The lab's "mfg" and "true", on one state and many draws of noise."""
+    from benchmarks.gradients import Lab
+
     torch.manual_seed(0)
     args = rp.Args(spectral_norm=False, actor_hidden=(8,))
     batch, h = 2048, 3
-    env = rp.make(rp.Args(env="cartpole", compile=False), batch)
-    actor = rp.Actor(5, 1, args)
+    lab = Lab.__new__(Lab)  # without a checkpoint
+    lab.env = env = diffsim.make("cartpole", batch, compile=False)
+    lab.actor, lab.normalizer = actor, _ = rp.Actor(5, 1, args), rp.Normalizer(5)
 
     def critic(z, action):
         return (3 * z.sum(-1) - (action[:, 0] - 1).square()).expand(2, -1)
 
-    policy = rp.DeterministicPolicy(rp.Normalizer(5), actor, env.single_action_space)
+    lab.policy = rp.DeterministicPolicy(lab.normalizer, actor, env.single_action_space)
     start = env.get_state()
     start = {k: x[:, :1].expand_as(x) if k in ("qpos", "qvel") else x for k, x in start.items()}
     true, mfg = [], []
     for _ in range(12):
         env.set_state(start)
-        visited, record = [], []
         noise = torch.randn(h + 1, batch, 1)
-        step = partial(rp.simulator_step, env, policy, record)
-        value, _ = rp.expansion(actor, critic, step, policy.normalizer(env.detach()), noise, 0.9, 0.1, visited)
-        true.append(rp.flat_grad(value.mean(), actor))
+        step = partial(lab.simulator_step, [])
+        value, _, visited = rp.expansion(actor, critic, step, lab.normalizer(env.detach()), noise, 0.9, 0.1)
+        true.append(flat_grad(value.mean(), actor))
         visited = [{k: x.detach() for k, x in s.items()} for s in visited]
-        mfg.append(rp.flat_grad(rp.score_surrogate(actor, critic, visited, 0.1).mean(), actor))
+        mfg.append(flat_grad(rp.score_surrogate(actor, critic, visited, 0.1).mean(), actor))
     true, mfg = torch.stack(true), torch.stack(mfg)
     direction = true.mean(0) / true.mean(0).square().sum()
     along = mfg @ direction  # 1 where it has no bias
@@ -335,7 +369,7 @@ def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient(
         (["--unroll", 2000], "--unroll is 2000"),
         (["--log-std-init", "nan"], "--log-std-init is nan"),
         (["--target-entropy", "nan"], "--target-entropy is nan"),
-        (["--policy-average", 0], "--policy-average is 0"),
+        (["--policy-average", 2], "--policy-average is 2"),
         (["--update-ratio", 0], "--update-ratio is 0"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],
