@@ -131,6 +131,18 @@ def by_variant(which: str, columns: str) -> str:
     return markdown(names, [[COLUMNS[name](group) for name in names] for group in groups])
 
 
+def by_algorithm(which: str) -> str:
+    """One row a task of the runs of a query, with the returns of every algorithm and RPO's steps and minutes."""
+    runs, rows = load_runs().query(which), []
+    names = [name for name in ALGORITHMS if name in set(runs.algorithm)]
+    for env, task in runs.groupby("env", sort=False):
+        parts = [task[task.algorithm == name] for name in names]
+        returns = [f"{spread(g.eval_return)} ({len(g)})" if len(g) else "" for g in parts]
+        spent = [COLUMNS[name](parts[0]) if len(parts[0]) else "" for name in ("steps", "minutes")]
+        rows.append([env, *returns, *spent])
+    return markdown(["task", *names, "steps", "minutes"], rows)
+
+
 # --- the tables ---------------------------------------------------------------------------------------------------
 def variance() -> str:
     """Of the gradient against the length of the expansion, relative to that at h = 1."""
@@ -169,8 +181,6 @@ ON_MUJOCO = "physics != 'diffsim' and tag in ['', 'mujoco', 'gymnasium'] and alg
 RPO_ON_ANT = "env == 'ant' and algorithm == 'RPO' and physics == 'diffsim'"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant
-    "results": (IN_DIFFSIM, f"{BASIC}, on MuJoCo"),
-    "results_mujoco": (ON_MUJOCO, f"{BASIC}, falls in 64"),
     "paper": (f"{RPO_ON_ANT} and tag in ['', 'paper']", "setting, steps, seeds, return, minutes, noise at the end"),
     "learning": (IN_DIFFSIM, f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
     "mujoco": (ON_MUJOCO, f"{BASIC}, 10 more episodes, falls in 64, return of 64"),
@@ -193,6 +203,7 @@ VARIANTS = {  # tables of by_variant
     ),
 }
 TABLES = {name: partial(by_variant, *what) for name, what in VARIANTS.items()}
+TABLES |= dict(results=partial(by_algorithm, IN_DIFFSIM), results_mujoco=partial(by_algorithm, ON_MUJOCO))
 TABLES |= dict(variance=variance, bias=bias, throughput=throughput)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 

@@ -15,6 +15,7 @@ import numpy as np
 WIDTH, HEIGHT = 640, 480
 FPS = 30
 STRIP_START, STRIP_EVERY, STRIP_FRAMES = 60, 2, 8  # frames of the video
+STRIP = slice(105, 395), slice(190, 450)  # their rows and columns
 
 
 def check_path(path: str | Path):
@@ -55,7 +56,7 @@ def _draw(binary: str, frames: str, control_dt: str, path: str):
     m, qpos = mujoco.MjModel.from_binary_path(binary), np.load(frames)
     m.vis.headlight.ambient[:], m.vis.headlight.diffuse[:] = 0.35, 0.55
     data, camera = mujoco.MjData(m), mujoco.MjvCamera()
-    camera.distance, camera.elevation, camera.azimuth = 4.0, -18, 90
+    camera.distance, camera.elevation, camera.azimuth = 3.4, -15, 90
     renderer = mujoco.Renderer(m, HEIGHT, WIDTH)
     qpos = qpos[:: max(1, round(1 / FPS / float(control_dt)))]
     writer = imageio_ffmpeg.write_frames(path, (WIDTH, HEIGHT), fps=FPS)
@@ -66,12 +67,12 @@ def _draw(binary: str, frames: str, control_dt: str, path: str):
         data.qpos[:] = q
         mujoco.mj_kinematics(m, data)
         mujoco.mj_camlight(m, data)
-        camera.lookat[:] = data.xpos[1]
+        camera.lookat[:] = data.xpos[1] * (1, 1, 0.7)  # between the root and the ground
         renderer.update_scene(data, camera)
         frame = renderer.render()
         writer.send(np.ascontiguousarray(frame))
         if t >= start and (t - start) % STRIP_EVERY == 0 and len(strip) < STRIP_FRAMES:
-            strip.append(frame[60:-60:2, 80:-80:2].copy())
+            strip.append(frame[STRIP].copy())
     writer.close()
     matplotlib.image.imsave(Path(path).with_suffix(".png"), np.concatenate(strip, 1))
 
