@@ -258,8 +258,8 @@ if __name__ == "__main__":
                 dist = agent(normalizer(obs))
                 action = dist.mean + dist.stddev * torch.randn_like(dist.mean)
                 next_obs, reward, terminated, truncated, info = env.step(action)
-                step = dict(obs=obs, action=action, reward=reward, final_obs=info["final_obs"])
-                for key, x in (step | dict(terminated=terminated, truncated=truncated)).items():
+                transition = dict(obs=obs, action=action, reward=reward, final_obs=info["final_obs"])
+                for key, x in (transition | dict(terminated=terminated, truncated=truncated)).items():
                     batch[key].append(x)
                 run.episodes(info)
                 obs = next_obs

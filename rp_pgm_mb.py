@@ -87,7 +87,7 @@ class Args(RunArgs):
     tau: Fraction = 0.005
     """step of the target critics towards the critics at each update"""
     policy_average: Fraction = 0.001
-    """step towards the policy, at each of its updates, of the average that is evaluated and saved; 1: the policy"""
+    """step towards the policy of the average that is evaluated and saved, at first a plain mean; 1: the policy"""
     entropy_coef: Rate = 0.1
     """initial temperature: weight of the policy's entropy in every reward"""
     learn_entropy_coef: bool = True
@@ -142,7 +142,7 @@ def squashed_log_prob(policy: Normal, u):
 
 
 @torch.no_grad()
-def follow_spectral_norm(net: nn.Sequential):
+def update_spectral_norm(net: nn.Sequential):
     """Power iterations on weights that have changed; at other times (eval mode) u and v of the estimate stay."""
     for layer in net:
         if parametrize.is_parametrized(layer):
@@ -182,12 +182,12 @@ class Actor(nn.Module):
 
 
 @torch.no_grad()
-def follow(average: Actor, actor: Actor, step: float):
+def move_average(average: Actor, actor: Actor, rate: float):
     """Move an average, which has plain weights, towards the normalised weights of the policy."""
     for mean, layer in zip(average.net, actor.net):
         if isinstance(layer, nn.Linear):
-            mean.weight.lerp_(layer.weight, step)
-            mean.bias.lerp_(layer.bias, step)
+            mean.weight.lerp_(layer.weight, rate)
+            mean.bias.lerp_(layer.bias, rate)
 
 
 class Critics(nn.Module):
@@ -390,7 +390,7 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     normalizer, changes, rewards = (Normalizer(dim).to(env.device) for dim in (obs_dim, obs_dim, 1))
     average = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device).requires_grad_(False)
-    follow(average, actor, 1.0)
+    move_average(average, actor, 1.0)
     policy = DeterministicPolicy(normalizer, average, env.single_action_space).to(env.device)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, fused=True)
@@ -399,7 +399,7 @@ if __name__ == "__main__":
     temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs)
     for module in (actor, model, critic, target_critic):
-        module.eval()  # spectral normalisation iterates in training mode only: see follow_spectral_norm
+        module.eval()  # spectral normalisation iterates in training mode only: see update_spectral_norm
     run.restore(
         policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
@@ -423,8 +423,8 @@ if __name__ == "__main__":
             else:
                 action, log_prob, u = actor(normalizer(obs), torch.randn(args.num_envs, act_dim, device=env.device))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
-            step = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
-            buffer.add(**step, terminated=terminated, truncated=truncated)
+            transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
+            buffer.add(**transition, terminated=terminated, truncated=truncated)
             normalizer.update(obs)
             changes.update(info["final_obs"] - obs)
             rewards.update(reward[:, None])
@@ -444,7 +444,7 @@ if __name__ == "__main__":
                 sum(losses).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 model_optimizer.step()
-                follow_spectral_norm(model.dynamics)
+                update_spectral_norm(model.dynamics)
             run.lap("model")
 
             # --- critics: soft Bellman targets from real steps ---------------------------------------------------
@@ -480,8 +480,8 @@ if __name__ == "__main__":
             grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
             if grad_norm.isfinite():
                 actor_optimizer.step()
-                follow_spectral_norm(actor.net)
-                follow(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))  # first the mean
+                update_spectral_norm(actor.net)
+                move_average(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))
                 if args.learn_entropy_coef:
                     temperature_optimizer.zero_grad()
                     (temperature[0].exp() * (entropy.detach() - target_entropy)).backward()

@@ -304,8 +304,8 @@ if __name__ == "__main__":
             dist = actor(normalizer(obs))
             u = dist.mean + dist.stddev * torch.randn_like(dist.mean)
             next_obs, reward, terminated, truncated, info = env.step(torch.tanh(u))
-            step = dict(obs=obs, u=u, reward=reward, final_obs=info["final_obs"])
-            for key, x in (step | dict(terminated=terminated, truncated=truncated)).items():
+            transition = dict(obs=obs, u=u, reward=reward, final_obs=info["final_obs"])
+            for key, x in (transition | dict(terminated=terminated, truncated=truncated)).items():
                 window[key].append(x)
             run.episodes(info)
             obs = next_obs

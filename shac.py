@@ -298,8 +298,8 @@ if __name__ == "__main__":
             window["entropy"].append(entropy)
             if args.entropy_coef:  # SAPO: the entropy, offset and scaled to about [0, 1], is part of the reward
                 reward = reward + entropy_coef * (entropy - target_entropy) / (-2 * target_entropy)
-            step = dict(obs=obs, u=u, reward=reward, final_obs=info["final_obs"])
-            for key, x in (step | dict(terminated=terminated, truncated=truncated)).items():
+            transition = dict(obs=obs, u=u, reward=reward, final_obs=info["final_obs"])
+            for key, x in (transition | dict(terminated=terminated, truncated=truncated)).items():
                 window[key].append(x)
             run.episodes(info)
             obs = next_obs

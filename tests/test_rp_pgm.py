@@ -265,9 +265,9 @@ def test_the_average_follows_the_normalised_weights():
         return torch.nn.utils.parameters_to_vector(average.parameters()).detach().clone()
 
     start = weights()
-    rp.follow(average, actor, 0.25)
+    rp.move_average(average, actor, 0.25)
     quarter = weights()
-    rp.follow(average, actor, 1.0)
+    rp.move_average(average, actor, 1.0)
     z = torch.randn(5, 4)
     for ours, theirs in zip(*((p.mean, p.stddev) for p in (average.distribution(z), actor.distribution(z)))):
         torch.testing.assert_close(ours, theirs)
