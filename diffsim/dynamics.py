@@ -9,7 +9,8 @@ contact is one more point, whose "mass" is its implicit stiffness and damping (f
 
 The derivative never goes through the solver. Let lam = A^-1 dL/dx (A is symmetric). The gradient of L by anything that
 A and b depend on is that of `lam . (b - A x)` at fixed x and lam: the adjoint method. `residual` (forces.py) is that
-scalar, O(n) and elementwise, and autograd differentiates it. A substep thus remembers nothing but its state.
+scalar, O(n) and elementwise, and autograd differentiates it. A step thus
+remembers nothing but the states between its substeps.
 
 Arrays are batch-last: qpos (nq, B), qvel and qfrc (nv, B), for the B environments.
 """
