@@ -60,7 +60,7 @@ class MujocoPhysics:
             self._differentiator = self._make_differentiator()
         predicted = self._differentiator.step(qpos, qvel, ctrl)
         self.mismatch = Mismatch(self.model, predicted, real)
-        return Follow.apply(*predicted, *real, quaternion_rows(self.model))
+        return RealValue.apply(*predicted, *real, quaternion_rows(self.model))
 
     def simulate(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
         """MuJoCo's control step; detached."""
@@ -111,7 +111,7 @@ def _body_axes(quat: Tensor) -> Tensor:
     )
 
 
-class Follow(torch.autograd.Function):
+class RealValue(torch.autograd.Function):
     """The real state, with the gradient of the predicted one."""
 
     @staticmethod

@@ -118,7 +118,7 @@ def parse(Args, defaults: dict):
     if args.resume is not None:
         try:
             default = replace(Args(**load(args.resume)["args"]), resume=args.resume, stop_after=None)
-        except TypeError:
+        except (KeyError, TypeError):
             fail(f"--resume {args.resume}: a checkpoint of another version of {script()}.py")
     else:
         with one_line_errors():
@@ -213,10 +213,15 @@ class Run:
         if missing := [name for name in self.parts if name not in checkpoint]:
             fail(f"--resume {self.folder}: a checkpoint of another version, without {', '.join(missing)}")
         for name, part in self.parts.items():
-            part.load_state_dict(checkpoint[name])
+            try:
+                part.load_state_dict(checkpoint[name])
+            except (KeyError, RuntimeError, ValueError):
+                fail(f"--resume {self.folder}: its {name} does not fit, so the task or the script is another version")
         torch.set_rng_state(checkpoint["rng"])
         self.iteration, self.global_step = checkpoint["iteration"], checkpoint["global_step"]
         self.recent.extend(checkpoint["recent"])
+        self.sums.update(checkpoint["sums"])
+        self.means.update(checkpoint["means"])
         self.start -= checkpoint["wall_time_s"]
         if not (self.folder / "metrics.csv").exists():
             return []
@@ -327,7 +332,7 @@ class Run:
         """A bar on a terminal; elsewhere a line now and then, and for each evaluation."""
         bad, tty = numbers.get("grad/nonfinite", 0), sys.stdout.isatty()
         if bad:
-            print(f"iteration {self.iteration}: {bad:.0f} non-finite gradients left out", file=sys.stderr)
+            print(f"iteration {self.iteration}: non-finite gradients left out ({bad:g})", file=sys.stderr)
         evaluated = "eval/episodic_return" in numbers
         if tty or evaluated or self.iteration == 0 or time.time() - self.shown > 5:
             share, self.shown = (self.iteration + 1) / self.total, time.time()
@@ -341,6 +346,7 @@ class Run:
         """checkpoint.pt, and policy.pt2: observation -> action, a program that needs no script."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= dict(script=script(), args=asdict(self.args), rng=torch.get_rng_state(), recent=list(self.recent))
+        state |= dict(sums=dict(self.sums), means=dict(self.means))  # of a row that is not yet due
         state |= dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=time.time() - self.start)
         self._atomic(lambda path: torch.save(state, path), "checkpoint.pt")
         example = torch.zeros(2, *self.env.single_observation_space.shape, device=self.env.device)

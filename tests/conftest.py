@@ -18,8 +18,9 @@ def _seed():
 def refused(monkeypatch, capsys):
     """Runs a script in this process (importing torch takes seconds): it must exit with 2 and one line, returned."""
 
-    def run(script: str, *args) -> str:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    def run(script, *args) -> str:
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, args)])
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         said = capsys.readouterr().err.strip()
@@ -27,3 +28,22 @@ def refused(monkeypatch, capsys):
         return said
 
     return run
+
+
+@pytest.fixture(scope="session")
+def reach(tmp_path_factory) -> str:
+    """The task of the README, as a user would copy it: "my_task.py:Reach"."""
+    code = (ROOT / "README.md").read_text().split("```python\n# my_task.py\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 40
+    path = tmp_path_factory.mktemp("task") / "my_task.py"
+    path.write_text(code)
+    return f"{path}:Reach"
+
+
+@pytest.fixture(scope="session")
+def arm(reach) -> str:
+    """The same with one substep: an episode of 60 steps that runs fast uncompiled, to learn and to evaluate."""
+    file = reach.rpartition(":")[0]
+    with open(file, "a") as f:
+        f.write("\n\nclass Arm(Reach):\n    substeps = 1\n")
+    return f"{file}:Arm"

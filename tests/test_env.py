@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import diffsim
+from diffsim.dynamics import contact_points
+from diffsim.tasks.base import uniform
 
 KW = dict(compile=False)
 
@@ -15,45 +17,48 @@ def window_return(env, state, actions):
     total = 0.0
     for action in actions:
         _, reward, *_ = env.step(action)
-        total = total + reward.sum()
-    return total
+        total = total + reward
+    return total  # (B,)
 
 
-def standing(num_envs=1, dtype=torch.float64):
-    """Ants that have come down on their feet."""
-    env = diffsim.make("ant", num_envs, seed=3, dtype=dtype, **KW)
+@pytest.fixture(scope="module")
+def standing():
+    """An ant that has come down on its feet: its state, actions (32, 1, 8), and the gradient of their return."""
+    env = diffsim.make("ant", 1, seed=3, dtype=torch.float64, **KW)
     env.reset()
-    for _ in range(30):
-        env.step(torch.zeros(num_envs, 8, dtype=dtype))
-    return env, env.get_state()
-
-
-def test_return_of_32_control_steps_against_central_differences():
-    env, state = standing()
-    actions = (torch.rand(32, 1, 8, dtype=torch.float64) - 0.5).requires_grad_()
-    (gradient,) = torch.autograd.grad(window_return(env, state, actions), actions)
+    with torch.no_grad():
+        for _ in range(30):
+            env.step(torch.zeros(1, 8, dtype=torch.float64))
+    state = env.get_state()
+    generator = torch.Generator().manual_seed(0)
+    actions = (torch.rand(32, 1, 8, dtype=torch.float64, generator=generator) - 0.5).requires_grad_()
+    (gradient,) = torch.autograd.grad(window_return(env, state, actions).sum(), actions)
     assert env.episode_length[0] == 62  # no reset on the way
     force = diffsim.contact_force(env.model, env.qpos.detach(), env.qvel.detach())
     assert float(force[2].sum()) > 0.1
-    for seed in range(3):
-        direction = torch.randn(actions.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            eps = 1e-6
-            up, down = (window_return(env, state, actions + s * eps * direction) for s in (1, -1))
-        numeric = float(up - down) / (2 * eps)
-        assert float((gradient * direction).sum()) == pytest.approx(numeric, rel=1e-5)
+    return state, actions.detach(), gradient
 
 
-def test_float32_gradient_points_where_float64_does():
-    env, state = standing()
-    actions = torch.rand(32, 1, 8, dtype=torch.float64) - 0.5
-    gradients = []
-    for dtype in (torch.float64, torch.float32):
-        env = diffsim.make("ant", 1, dtype=dtype, **KW)
-        cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        a = actions.to(dtype).requires_grad_()
-        gradients.append(torch.autograd.grad(window_return(env, cast, a), a)[0].double().flatten())
-    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.999
+def test_return_of_32_control_steps_against_central_differences(standing):
+    state, actions, gradient = standing
+    directions = torch.randn(3, *actions.shape, dtype=torch.float64)
+    eps = 1e-6
+    moved = torch.cat([actions + s * eps * d for s in (1, -1) for d in directions], 1)  # six ants at once
+    env = diffsim.make("ant", 6, dtype=torch.float64, **KW)
+    six = {k: v if k == "generator" else v.repeat_interleave(6, -1) for k, v in state.items()}
+    with torch.no_grad():
+        up, down = window_return(env, six, moved).view(2, 3)
+    numeric = (up - down) / (2 * eps)
+    torch.testing.assert_close((gradient * directions).sum((1, 2, 3)), numeric, rtol=1e-5, atol=0)
+
+
+def test_float32_gradient_points_where_float64_does(standing):
+    state, actions, gradient = standing
+    env = diffsim.make("ant", 1, **KW)
+    cast = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    a = actions.float().requires_grad_()
+    (ours,) = torch.autograd.grad(window_return(env, cast, a).sum(), a)
+    assert float(torch.cosine_similarity(ours.double().flatten(), gradient.flatten(), dim=0)) > 0.999
 
 
 def test_reset_cuts_the_gradient_and_final_obs_carries_it():
@@ -65,7 +70,7 @@ def test_reset_cuts_the_gradient_and_final_obs_carries_it():
     obs, reward, terminated, truncated, info = env.step(action)
     assert terminated.tolist() == [True, False] and truncated.tolist() == [False, False]
     assert info["_episode"].tolist() == [True, False] and env.episode_length.tolist() == [0, 1]
-    assert float(obs[0, 0]) > 0.5 > float(info["final_obs"][0, 0].detach())
+    assert float(obs[0, 0].detach()) > 0.5 > float(info["final_obs"][0, 0].detach())
     assert torch.autograd.grad(obs[0].sum(), action, retain_graph=True)[0].abs().sum() == 0
     assert torch.autograd.grad(info["final_obs"][0].sum(), action, retain_graph=True)[0][0].abs().sum() > 0
     assert torch.autograd.grad(obs[1].sum(), action)[0][1].abs().sum() > 0
@@ -125,6 +130,25 @@ def test_same_seed_same_bits_and_state_round_trip():
     assert torch.equal(d, e)
 
 
+def test_staggered_starts_are_drawn_from_the_environments_generator():
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(7)
+        env = diffsim.make("cartpole", 64, seed=seed, **KW)
+        env.reset(options=dict(stagger=True))
+        assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(7))  # torch's own is left alone
+        drawn.append(env.episode_length.clone())
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert 0 <= drawn[0].min() < 60 and 150 < drawn[0].max() < env.max_episode_steps
+    env.reset()
+    assert not env.episode_length.any()
+    again = []
+    for _ in range(2):  # a seed decides them, too
+        env.reset(seed=5, options=dict(stagger=True))
+        again.append(env.episode_length.clone())
+    assert torch.equal(*again)
+
+
 def test_mujoco_physics_is_mujocos_step_and_the_same_task():
     import mujoco
 
@@ -157,7 +181,10 @@ def test_gymnasium_make_vec():
     [
         (dict(task="anT"), "unknown env 'anT'; there is cartpole"),
         (dict(task="ant", num_envs=0), "num_envs is 0"),
-        (dict(task="ant", physics="bullet"), "unknown physics"),
+        (dict(task="ant", physics="bullet"), "unknown physics 'bullet'; there is diffsim, mujoco, gymnasium"),
+        (dict(task="ant", physics="gymnasium"), "ant is no Gymnasium environment"),
+        (dict(task="Pendulum-v1", physics="mujoco"), "Pendulum-v1 is Gymnasium's alone"),
+        (dict(task="Pendulum-v1", device="meta"), "run on the cpu, not on meta"),
         (dict(task="ant", device="tpu9"), "unknown device"),
     ],
 )
@@ -173,6 +200,24 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Peg(diffsim.Task):
+    """The smallest robot with all that has a compiled form: a hinge with a stop, a slide, a ball on the ground."""
+
+    xml = """<mujoco><worldbody><geom type="plane" size="5 5 .1"/><body pos="0 0 .2">
+      <joint type="slide" axis="0 0 1"/><joint name="a" axis="0 1 0" limited="true" range="-9 9" damping=".1"/>
+      <geom type="sphere" size=".1" pos=".3 0 0"/></body></worldbody>
+      <actuator><motor joint="a"/></actuator></mujoco>"""
+
+    def reset(self, model, count, generator):
+        return uniform(model, 2, count, 0.1, generator), uniform(model, 2, count, 0.1, generator)
+
+    def observe(self, qpos, qvel, action):
+        return torch.cat([qpos, qvel])
+
+    def reward(self, qpos, qvel, action):
+        return qpos.square().sum(0) + qvel.sum(0)
+
+
 def test_compiled_physics_equals_eager(cache, capfd):
     from diffsim.physics import compiler_available
 
@@ -180,10 +225,14 @@ def test_compiled_physics_equals_eager(cache, capfd):
         pytest.skip("no C++ compiler")
     gradients, observations = [], []
     for compiled in (False, True, True):
-        env = diffsim.make("cartpole", 4, seed=0, dtype=torch.float64, compile=compiled)
+        env = diffsim.make(Peg(), 4, seed=0, dtype=torch.float64, compile=compiled)
         env.reset()
-        action = torch.full((4, 1), 0.3, dtype=torch.float64, requires_grad=True)
-        total = sum(env.step(action)[1].sum() for _ in range(5))
+        action = torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None].requires_grad_()
+        total = sum(env.step(action)[1].sum() for _ in range(20))
+        gap, _ = contact_points(env.model, env.qpos.detach(), env.qvel.detach())
+        assert (
+            len(gap) and float(gap.min()) < 0.01 and float(env.qpos[1].detach().abs().max()) > 0.15
+        )  # at the stop, too
         gradients.append(torch.autograd.grad(total, action)[0])
         observations.append(env.detach())
     assert capfd.readouterr().err.count("compiling the physics") == 1  # the second time it is on disk

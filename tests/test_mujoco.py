@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.mujoco_physics import Follow, jacobian_cosine
+from diffsim.mujoco_physics import RealValue
 from diffsim.play import playback_env
-from tests import run_script
-from tests.test_shac import TINY, rows
+from tests import TINY, WINDOWS, rows, run_script, the_run
 
 
 def landed(name, **kwargs):
@@ -53,8 +52,9 @@ def test_the_gradient_is_diffsims_at_that_state(name):
     if free:
         of_qpos[3:7] = 0  # directions off the unit sphere are no rotations: see the next test
     gradients = []
-    for physics in ("mujoco", "diffsim"):
-        env = diffsim.make(name, 3, physics=physics, compile=False, dtype=torch.float64)
+    softness = dict(stiffness=0.6, smoothing=3.0)  # unless it is given, that of MuJoCo's gradient
+    for kwargs in (dict(physics="mujoco"), dict(physics="diffsim") | softness):
+        env = diffsim.make(name, 3, compile=False, dtype=torch.float64, **kwargs)
         env.set_state(start)
         env.step(action)
         loss = (env.qpos * of_qpos).sum() + (env.qvel * of_qvel).sum()
@@ -69,7 +69,7 @@ def test_a_rotations_gradient_moves_to_the_predicted_quaternion():
     predicted, real = (torch.nn.functional.normalize(torch.randn(4, 5).double(), dim=0) for _ in range(2))
     predicted.requires_grad_()
     g = torch.randn(4, 5).double()
-    qpos, _ = Follow.apply(predicted, torch.zeros(1, 5).double(), real, torch.zeros(1, 5).double(), [0])
+    qpos, _ = RealValue.apply(predicted, torch.zeros(1, 5).double(), real, torch.zeros(1, 5).double(), [0])
     assert torch.equal(qpos, real)
     (handed_on,) = torch.autograd.grad((qpos * g).sum(), predicted)
     for i in range(5):
@@ -91,49 +91,35 @@ def test_no_graph_means_no_differentiator():
     assert not reward.requires_grad and env.physics.mismatch is None and env.physics._differentiator is None
 
 
-def test_engines_agree_on_jacobians_where_nothing_touches():
-    env = diffsim.make("ant", 4, physics="mujoco", compile=False, dtype=torch.float64)
-    env.reset(seed=0)
-    env.qpos[2] = 3.0
-    env.qpos[7:] = torch.from_numpy(env.model.mj_model.jnt_range[1:].mean(1))[:, None]  # off the stops
-    assert jacobian_cosine(env, 4) > 0.9999
-    touching = landed("ant")
-    assert 0 < jacobian_cosine(touching, 3) < 0.999
-
-
 def test_mismatch_is_the_engines_difference():
     env = landed("hopper")
     start = env.get_state()
     action = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
     env.step(action)
-    soft = diffsim.make("hopper", 3, compile=False, dtype=torch.float64)
+    soft = diffsim.make("hopper", 3, stiffness=0.6, smoothing=3, compile=False, dtype=torch.float64)
     soft.set_state(start)
     soft.step(action)
-    difference = (soft.qpos - env.qpos)[3:].abs().mean()
-    assert env.physics.mismatch.joint_angle() == pytest.approx(float(difference.detach()), rel=1e-9)
-    difference = (soft.qvel - env.qvel)[:2].norm(dim=0).mean()
-    assert env.physics.mismatch.base_velocity() == pytest.approx(float(difference.detach()), rel=1e-9)
+    joint = (soft.qpos - env.qpos)[3:].detach().abs().mean()
+    base = (soft.qvel - env.qvel)[:2].detach().norm(dim=0).mean()
+    expected = {"physics/mismatch_joint": float(joint), "physics/mismatch_base": float(base)}
+    assert env.diagnostics() == pytest.approx(expected, rel=1e-9) and min(expected.values()) > 0
+    assert soft.diagnostics() == {}
 
 
-def test_shac_trains_on_mujoco_and_logs_the_mismatch(tmp_path):
-    run_script("shac.py", *TINY, "--env", "cheetah", "--physics", "mujoco", "--run-dir", tmp_path, "--stop-after", 2)
-    last = rows(tmp_path)[-1]
-    assert float(last["mismatch_joint"]) > 0 and float(last["mismatch_base"]) > 0
-    saved = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
-    assert (saved["args"]["stiffness"], saved["args"]["smoothing"]) == (0.6, 3)  # unless they are given
-
-
-@pytest.mark.parametrize("script", ["shac.py", "rpo_diffsim.py"])
-def test_softness_reaches_the_gradient_and_not_the_trajectory(script, tmp_path):
+@pytest.mark.parametrize("script", WINDOWS)
+def test_a_script_trains_on_mujoco_and_logs_the_mismatch(script, tmp_path):
+    """Softness reaches the gradient and not the trajectory."""
     found = []
     for smoothing in (1, 3):
         where = tmp_path / f"{smoothing}"
         flags = [*TINY, "--env", "hopper", "--physics", "mujoco", "--smoothing", smoothing, "--run-dir", where]
-        flags += ["--horizon", 16, "--total-timesteps", 10_000, "--stop-after", 1]
-        run_script(script, *flags)
+        run_script(script, *flags, "--horizon", 12, "--stop-after", 1, "--no-stagger")
         found.append(rows(where)[0])
+    assert all(float(row[f"mismatch_{part}"]) > 0 for row in found for part in ("joint", "base"))
     assert found[0]["value_loss"] == found[1]["value_loss"]  # of the first window: the same rewards
-    assert found[0]["grad_norm_before_clip"] != found[1]["grad_norm_before_clip"]
+    assert found[0]["norm_before_clip"] != found[1]["norm_before_clip"]
+    saved = torch.load(the_run(tmp_path / "3") / "checkpoint.pt", weights_only=True)
+    assert (saved["args"]["physics"], saved["args"]["smoothing"]) == ("mujoco", 3)
 
 
 TWINS = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"]
@@ -169,16 +155,20 @@ def test_a_twin_is_gymnasiums_environment(name):
     assert obs.shape == (1, reference.observation_space.shape[0])
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_a_twins_gradient_is_finite(name):
-    env = diffsim.make(name, 2, physics="mujoco", compile=False)
-    env.reset(seed=0)
-    action = torch.zeros(2, env.model.nu, requires_grad=True)
-    total = sum(env.step(action)[1].sum() for _ in range(4))
-    (gradient,) = torch.autograd.grad(total, action)
-    assert torch.isfinite(gradient).all() and gradient.norm() > 0
+def test_gymnasiums_ant_has_the_observations_of_its_twin():
+    """Without contact forces, whether it is trained on or played."""
+    for env in (diffsim.make("Ant-v5", physics="gymnasium"), playback_env("Ant-v5", 1, "gymnasium")):
+        assert env.single_observation_space.shape == (27,)
 
 
-def test_playback_on_gymnasium_has_the_observations_the_policy_was_trained_on():
-    for obs_dim in (27, 105):  # Ant without and with contact forces: diffsim's task, and Gymnasium's own
-        assert playback_env("Ant-v5", 1, "gymnasium", obs_dim).single_observation_space.shape == (obs_dim,)
+def test_the_engine_of_a_task_is_its_own_unless_asked_otherwise():
+    for name in diffsim.TASKS:
+        assert diffsim.default_physics(name) == ("mujoco" if name in TWINS else "diffsim")
+    assert diffsim.default_physics("Pendulum-v1") == "gymnasium"
+    engines = {p: type(diffsim.make("Hopper-v5", 1, physics=p, compile=False)).__name__ for p in diffsim.PHYSICS}
+    assert engines == dict(diffsim="DiffEnv", mujoco="DiffEnv", gymnasium="GymnasiumEnv")
+    env = diffsim.make("Hopper-v5", 1, compile=False)
+    assert type(env.physics).__name__ == "MujocoPhysics" and env.model.softness.stiffness == 0.6
+    assert diffsim.make("hopper", 1, compile=False).model.softness == diffsim.Softness()
+    soft = diffsim.make("hopper", 1, stiffness=0.3, smoothing=2.0, compile=False).model.softness
+    assert soft == diffsim.Softness(0.3).widened(2.0) != diffsim.Softness()

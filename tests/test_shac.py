@@ -1,30 +1,14 @@
-"""shac.py as a user runs it, and its small functions."""
+"""shac.py: its small functions against sums written out and integrals, its learning, and watching what it learned."""
 
-import csv
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests import ROOT, run_fresh, run_script
-
-TINY = "--no-compile --num-envs 2 --horizon 2 --critic-epochs 1 --eval-every 0 --eval-episodes 2 --save-every 4".split()
-
-
-def rows(folder):
-    with open(next(Path(folder).glob("*/metrics.csv"))) as f:
-        return [{k: v for k, v in r.items() if k not in ("wall_time_s", "SPS")} for r in csv.DictReader(f)]
-
-
-def short_episodes(tmp_path):
-    """The evaluation at the end runs 1000 steps: stop before it."""
-    return ["--total-timesteps", 40, "--run-dir", tmp_path]
-
+import rpo_diffsim
+import shac
+from diffsim.play import evaluate, load_policy, playback_env
+from tests import TINY, WINDOWS, play, rows, run_script, the_run
 
 SAPO = (
     "--entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 --no-target-critic --activation silu "
@@ -32,94 +16,46 @@ SAPO = (
 ).split()
 
 
-@pytest.mark.parametrize("flags", [[], SAPO], ids=["shac", "sapo"])
-def test_same_seed_same_bits_and_resume_is_exact(flags, tmp_path):
-    run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "a"), "--stop-after", 4)
-    run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "b"), "--stop-after", 2)
-    run = next((tmp_path / "b").iterdir())
-    run_fresh("shac.py", "--resume", run, "--stop-after", 4)
-    run_script("shac.py", *TINY, *flags, *short_episodes(tmp_path / "c"), "--stop-after", 4, "--seed", 2)
-    a, b, c = (rows(tmp_path / x) for x in "abc")
-    assert len(a) == 4 and a == b and a != c
-    one, two = (torch.load(next((tmp_path / x).iterdir()) / "checkpoint.pt", weights_only=True) for x in "ab")
-    for key, value in one["actor"].items():
-        assert torch.equal(value, two["actor"][key])
-    program = torch.export.load(run / "policy.pt2")
-    assert program.module()(torch.zeros(5, 37)).shape == (5, 8)
+def windows(count: int, horizon: int = 16):
+    """Rewards, values, terminated, truncated (horizon, count) of windows with many ends in them."""
+    reward, value = torch.randn(2, horizon, count, dtype=torch.float64)
+    terminated, truncated = torch.rand(2, horizon, count) < 0.1
+    return reward.requires_grad_(), value.requires_grad_(), terminated, truncated & ~terminated
 
 
-def test_kill_loses_at_most_one_save_interval(tmp_path):
-    command = [sys.executable, "shac.py", *TINY, "--run-dir", str(tmp_path), "--total-timesteps", "4000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for _ in range(600):
-        if list(tmp_path.glob("*/checkpoint.pt")):
-            break
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    run = next(tmp_path.iterdir())
-    step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
-    run_fresh("shac.py", "--resume", run, "--stop-after", step // 4 + 1)
-    assert int(rows(tmp_path)[-1]["global_step"]) == step + 4
+def running_sums(reward, value, terminated, truncated, gamma: float):
+    """SHAC's objective of each window (count,), kept up while it is rolled out: each episode has its own discount."""
+    discount, total = torch.ones_like(reward[0]), torch.zeros_like(reward[0])
+    for t in range(len(reward)):
+        total = total + discount * reward[t]
+        discount = discount * gamma
+        done = terminated[t] | truncated[t]
+        closed = done if t < len(reward) - 1 else torch.ones_like(done)
+        total = total + torch.where(closed & ~terminated[t], discount * value[t], 0.0)
+        discount = torch.where(done, 1.0, discount)
+    return total
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--env", "antt"], "unknown env 'antt'"),
-        (["--num-envs", 0], "--num-envs is 0"),
-        (["--critic-hidden", 64, 0], "--critic-hidden is (64, 0)"),
-        (["--horizon", 0], "--horizon is 0"),
-        (["--actor-learning-rate", -1], "--actor-learning-rate is -1"),
-        (["--gamma", 2], "--gamma is 2"),
-        (["--smoothing", "inf"], "--smoothing is inf"),
-        (["--resume", "nowhere"], "--resume nowhere"),
-        pytest.param(
-            ["--device", "cuda"],
-            "finds no CUDA",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA"),
-        ),
-    ],
-)
-def test_bad_input_is_one_line(args, message, refused):
-    assert message in refused("shac.py", *args, "--no-compile")
-
-
-@pytest.mark.parametrize(
-    "xml, message",
-    [
-        ("<mujoco><nonsense/></mujoco>", "cannot read MJCF"),
-        ("robot.xml", "no such file"),
-        (
-            "<mujoco><option viscosity='1'/><worldbody><body><joint/><geom size='.1'/></body></worldbody></mujoco>",
-            "fluid",
-        ),
-    ],
-)
-def test_a_bad_robot_is_one_line(xml, message, tmp_path, refused):
-    (tmp_path / "bad.py").write_text(f"import diffsim\nclass Bad(diffsim.Task):\n    xml = {xml!r}\n")
-    assert message in refused("shac.py", "--env", f"{tmp_path / 'bad.py'}:Bad", "--no-compile")
-
-
-def test_bad_checkpoints_are_one_line(tmp_path, refused):
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    assert "not a readable checkpoint" in refused("shac.py", "--resume", tmp_path)
-    torch.save({"args": {"env": "hopper"}}, tmp_path / "checkpoint.pt")
-    assert "a checkpoint of hopper, not of ant" in refused("shac.py", "--resume", tmp_path, "--env", "ant")
-    assert "--seed is 3, the run has 1" in refused("shac.py", "--resume", tmp_path, "--seed", 3)
-    torch.save({"args": {"clip_low": 0.8}}, tmp_path / "checkpoint.pt")
-    assert "not a checkpoint of shac.py" in refused("shac.py", "--resume", tmp_path)
+def test_the_windows_objective_is_the_running_sum():
+    """td_lambda(lam=1) at the episodes' starts, against discounts that run with the steps: values and gradients."""
+    reward, value, *ends = windows(2000)
+    returns = shac.td_lambda(reward, value, *ends, 0.97, lam=1.0)
+    alone = [shac.sum_of_starts(*(x[:, i : i + 1] for x in (returns, *ends))) for i in range(2000)]
+    expected = running_sums(reward, value, *ends, 0.97)
+    size = running_sums(reward.abs(), value.abs(), *ends, 0.97)  # sums of both signs cancel
+    assert ((torch.stack(alone) - expected).abs() <= 5e-15 * size).all()
+    gradients = [torch.autograd.grad(x, (reward, value)) for x in (shac.sum_of_starts(returns, *ends), expected.sum())]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=5e-15, atol=0)
+    assert (gradients[0][1][:-1] != 0).any() and (gradients[0][1] == 0).any()
 
 
 def test_td_lambda_against_a_brute_force_sum():
-    from shac import td_lambda
-
-    torch.manual_seed(0)
     horizon, n, gamma, lam = 6, 4, 0.9, 0.8
     reward, value = torch.randn(horizon, n), torch.randn(horizon, n)
     terminated, truncated = torch.zeros(horizon, n).bool(), torch.zeros(horizon, n).bool()
     terminated[2, 1] = truncated[3, 2] = True
-    targets = td_lambda(reward, value, terminated, truncated, gamma, lam)
+    targets = shac.td_lambda(reward, value, terminated, truncated, gamma, lam)
     for i in range(n):
         for t in range(horizon):
             end = next((k for k in range(t, horizon) if terminated[k, i] or truncated[k, i]), horizon - 1)
@@ -134,65 +70,121 @@ def test_td_lambda_against_a_brute_force_sum():
             assert float(targets[t, i]) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_ctrl_c_saves_and_can_be_resumed(tmp_path):
-    command = [sys.executable, "shac.py", *TINY, "--run-dir", str(tmp_path), "--total-timesteps", "40000"]
-    process = subprocess.Popen(
-        [*command, "--save-every", "1000000"], cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
-    )
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "interrupted and saved; continue with" in out and "done" not in out
-    run = next(tmp_path.iterdir())
-    done = torch.load(run / "checkpoint.pt", weights_only=True)["iteration"]
-    assert len(rows(tmp_path)) == done and (run / "policy.pt2").exists()
-    run_fresh("shac.py", "--resume", run, "--stop-after", done + 1)
-    assert len(rows(tmp_path)) == done + 1
-
-
-def play(*args, expect=0, **env):
-    command = [sys.executable, "-m", "diffsim.play", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **env})
-    assert done.returncode == expect, done.stderr
-    return done
-
-
-def test_play_evaluates_on_both_engines_and_renders(tmp_path):
-    run_script("shac.py", *TINY, *short_episodes(tmp_path), "--env", "hopper", "--stop-after", 1)
-    run = next(tmp_path.iterdir())
-    for physics in ("diffsim", "mujoco"):
-        out = play(run, "--episodes", 2, "--physics", physics).stdout
-        for said in (f"hopper on {physics}, 2 episodes", "limit_violation", "penetration", "saturation"):
-            assert said in out
-    done = subprocess.run(
-        [sys.executable, "-m", "diffsim.play", run, "--episodes", "1", "--video", tmp_path / "v.mp4"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    if done.returncode:  # no OpenGL here: one line that says what to install
-        assert "without OpenGL" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    else:
-        assert (tmp_path / "v.mp4").stat().st_size > 1000 and (tmp_path / "v.png").stat().st_size > 1000
-
-
-def test_play_names_what_it_cannot_read(tmp_path):
-    (tmp_path / "policy.pt2").write_bytes(b"nothing")
-    for path, message in ((tmp_path / "nowhere", "no policy at"), (tmp_path, "not a readable policy")):
-        done = play(path, expect=2)
-        assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
 def test_entropy_of_the_squashed_policy_by_quadrature():
-    from shac import squashed_entropy
-
-    torch.manual_seed(0)
     mean, log_std = torch.tensor([0.3, -1.0]).double(), torch.tensor([-1.0, 0.5]).double()
     u = mean + log_std.exp() * torch.randn(400_000, 2, dtype=torch.float64)
-    estimate = squashed_entropy(u, log_std.expand_as(u))
+    estimate = shac.squashed_entropy(torch.distributions.Normal(mean, log_std.exp()), u)
     exact = 0.0
     for m, s in zip(mean, log_std.exp()):  # -integral p(a) log p(a) da with a = tanh(x)
         x = torch.linspace(float(m - 12 * s), float(m + 12 * s), 200_001, dtype=torch.float64)
         log_p = torch.distributions.Normal(m, s).log_prob(x)
         exact -= torch.trapezoid(log_p.exp() * (log_p - 2 * torch.log(1 / torch.cosh(x))), x)
     assert float(estimate.mean()) == pytest.approx(float(exact), abs=4 * float(estimate.std()) / 400_000**0.5)
+
+
+@pytest.mark.parametrize("state_dependent", [False, True])
+@pytest.mark.parametrize("script", [shac, rpo_diffsim])
+def test_a_policys_distribution_stays_as_it_was(script, state_dependent):
+    """RPO keeps the old policy's while the optimiser changes its parameters in place."""
+    actor = script.Actor(3, 2, script.Args(state_dependent_std=state_dependent, log_std_init=-0.3))
+    with torch.no_grad():
+        policy = actor(torch.randn(5, 3))
+        mean, std = policy.mean.clone(), policy.stddev.clone()
+        assert std.shape == (5, 2)
+        for p in actor.parameters():
+            p.add_(0.5)
+        assert torch.equal(policy.mean, mean) and torch.equal(policy.stddev, std)
+        assert not torch.allclose(actor(torch.randn(5, 3)).stddev, std)
+
+
+def test_same_seed_same_bits_of_sapo(tmp_path):
+    flags = [*TINY, *SAPO, "--env", "cartpole", "--total-timesteps", 40]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_script("shac.py", *flags, "--run-dir", tmp_path / name, "--stop-after", 4, "--seed", seed)
+    a, b, c = (rows(tmp_path / x) for x in "abc")
+    assert len(a) == 4 and a == b and a != c
+    assert float(a[-1]["entropy_coef"]) not in (0.0, 1.0)  # it has learned
+
+
+def test_the_targets_critic_follows(tmp_path):
+    """--target-alpha 1 keeps the target critic as it began, 0 makes it the critic of the last window."""
+    for alpha in (0, 1):
+        flags = [*TINY, "--env", "cartpole", "--target-alpha", alpha, "--run-dir", tmp_path / str(alpha)]
+        run_script("shac.py", *flags, "--stop-after", 2)
+    follows, stays = (torch.load(next(tmp_path.glob(f"{a}/*/checkpoint.pt")), weights_only=True) for a in (0, 1))
+    for name, x in follows["critic"].items():
+        torch.testing.assert_close(x, follows["target_critic"][name])
+    assert any(not torch.equal(x, stays["target_critic"][name]) for name, x in stays["critic"].items())
+
+
+@pytest.mark.parametrize("script", WINDOWS)
+def test_no_sample_counts_more_than_its_bound(script, tmp_path):
+    """With a bound far below every sample's gradient, the policy's gradient is proportional to the bound."""
+    norms = []
+    for bound in (1e-5, 1e-6):
+        where = tmp_path / str(bound)
+        flags = [*TINY, "--env", "cartpole", "--max-action-grad-norm", bound, "--run-dir", where, "--stop-after", 1]
+        run_script(script, *flags, *(["--update-epochs", 1] if script == "rpo_diffsim.py" else []))
+        norms.append(float(rows(where)[0]["norm_before_clip"]))
+    assert norms[0] == pytest.approx(10 * norms[1], rel=1e-2) and norms[1] > 0
+
+
+def learned(script, arm, tmp_path, *flags) -> float:
+    """Return of the policy at the end, which its last row and its exported program tell alike."""
+    learn = "--no-compile --num-envs 128 --gamma 0.95 --eval-every 0 --eval-episodes 128".split()
+    out = run_script(script, "--env", arm, *learn, "--run-dir", tmp_path, *flags)
+    run = the_run(tmp_path)
+    (told,) = (float(r["eval_return"]) for r in rows(tmp_path) if r["eval_return"])
+    assert f"eval_return {told:.0f}" in out
+    policy, name = load_policy(run)
+    again = float(evaluate(playback_env(name, 128), policy, 128).mean())
+    assert name == arm and again == pytest.approx(told, rel=1e-3)
+    return told
+
+
+# No policy does much better than -18 on this task: the arm is not faster. One that does nothing comes to about -40.
+def test_shac_learns_a_task_from_a_file(arm, tmp_path):
+    flags = "--horizon 6 --total-timesteps 61440 --critic-epochs 6 --actor-learning-rate 1e-2".split()
+    flags += "--min-learning-rate 3e-3 --max-grad-norm 10".split()
+    assert learned("shac.py", arm, tmp_path, *flags) > -26
+
+
+def test_play_measures_on_both_engines(tmp_path):
+    run_script("shac.py", *TINY, "--env", "hopper", "--stop-after", 1, "--run-dir", tmp_path)
+    run = the_run(tmp_path)
+    for physics in ("diffsim", "mujoco"):
+        out = play(run, "--episodes", 2, "--physics", physics).stdout
+        for said in (f"hopper on {physics}, 2 episodes", "limit_violation", "penetration", "saturation"):
+            assert said in out
+    assert "hopper is no Gymnasium environment" in play(run, "--physics", "gymnasium", expect=2).stderr
+    assert "must be an .mp4" in play(run, "--video", "ant.gif", expect=2).stderr
+    assert "--episodes is 0" in play(run, "--episodes", 0, expect=2).stderr
+
+
+def test_play_on_the_engine_it_was_trained_on_and_a_video(arm, tmp_path):
+    run_script("shac.py", *TINY, "--env", arm, "--physics", "mujoco", "--stop-after", 1, "--run-dir", tmp_path)
+    run = the_run(tmp_path)
+    assert f"{arm} on mujoco, 2 episodes" in play(run, "--episodes", 2).stdout  # not the task's own
+    video = [run, "--episodes", 1, "--video", tmp_path / "v.mp4"]
+    try:
+        said = play(*video).stdout
+    except AssertionError:  # no OpenGL here: one line that says what to install
+        said = play(*video, expect=2).stderr
+        assert "without OpenGL" in said and len(said.strip().splitlines()) == 1
+    else:
+        assert "wrote" in said
+        assert (tmp_path / "v.mp4").stat().st_size > 1000 and (tmp_path / "v.png").stat().st_size > 1000
+
+
+def test_a_run_films_its_policy_or_says_what_is_missing(arm, tmp_path, refused, monkeypatch):
+    flags = [*TINY, "--env", arm, "--total-timesteps", 4, "--capture-video", "--run-dir", tmp_path]
+    monkeypatch.setitem(os.environ, "MUJOCO_GL", "nothing")
+    assert "without OpenGL" in refused("shac.py", *flags)
+    assert (the_run(tmp_path) / "policy.pt2").exists()  # what was learned is there
+
+
+def test_play_names_what_it_cannot_read(tmp_path):
+    (tmp_path / "policy.pt2").write_bytes(b"nothing")
+    for path, message in ((tmp_path / "nowhere", "no policy at"), (tmp_path, "not a readable policy")):
+        said = play(path, expect=2).stderr
+        assert message in said and len(said.strip().splitlines()) == 1

@@ -1,9 +1,6 @@
 """Every task: shapes, rewards at states computed by hand, termination, gradients, the same task on both engines."""
 
-import csv
 import math
-import subprocess
-import sys
 import textwrap
 
 import gymnasium
@@ -13,6 +10,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import diffsim
+from diffsim.dynamics import contact_points
 from diffsim.play import playback_env, starts
 from tests import ROOT
 
@@ -22,18 +20,25 @@ SIZES |= dict(anymal=(49, 12), humanoid=(76, 21))
 SIZES |= {"Ant-v5": (27, 8), "Hopper-v5": (11, 3), "HalfCheetah-v5": (17, 6), "Walker2d-v5": (17, 6)}
 
 
-def make(name, num_envs=2, **kwargs):
-    env = diffsim.make(name, num_envs, seed=4, compile=False, **kwargs)
+def make(name, num_envs=2, physics="diffsim", **kwargs):
+    env = diffsim.make(name, num_envs, seed=4, physics=physics, compile=False, **kwargs)
     env.reset()
     return env
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shapes_and_finite_gradients_through_32_steps(name):
+def test_shapes_and_finite_gradients_of_a_window_on_the_ground(name):
     env = make(name)
     obs_dim, act_dim = SIZES[name]
     assert env.observation_space.shape == (2, obs_dim) and env.action_space.shape == (2, act_dim)
-    actions = (0.2 * torch.randn(32, 2, act_dim)).requires_grad_()
+    touched = False
+    with torch.no_grad():  # a third of the time of steps with a gradient
+        while not touched:  # until it has come down, where there is a ground
+            env.step(0.2 * torch.randn(2, act_dim))
+            gap, _ = contact_points(env.model, env.qpos, env.qvel)
+            touched = len(gap) == 0 or float(gap.amin(0).max()) < 0.005
+            assert env.episode_length.min() > 0  # before it has fallen
+    actions = (0.2 * torch.randn(12, 2, act_dim)).requires_grad_()
     total = 0.0
     for action in actions:
         obs, reward, terminated, truncated, info = env.step(action)
@@ -41,7 +46,7 @@ def test_shapes_and_finite_gradients_through_32_steps(name):
         assert reward.shape == terminated.shape == truncated.shape == (2,)
         total = total + reward.sum()
     (gradient,) = torch.autograd.grad(total, actions)
-    assert torch.isfinite(gradient).all() and gradient[0].abs().max() > 0
+    assert torch.isfinite(gradient).all() and (gradient.abs().amax((1, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,12 +56,31 @@ def test_both_engines_observe_and_reward_a_state_alike(name):
     hard.step(action)
     soft.set_state(hard.get_state())
     torch.testing.assert_close(soft.detach(), hard.detach(), atol=1e-5, rtol=1e-5)
-    task, state = soft.task, (hard.qpos, hard.qvel, action.T)
-    rewards = [t.transition_reward(hard.qpos - 0.01, *state) for t in (task, hard.task)]
-    torch.testing.assert_close(*rewards)
-    for env in (soft, hard):  # and one control step later they are still close
-        env.step(action)
+    before = soft.qpos
+    for env in (soft, hard):  # one control step later they are still close
+        obs, reward, terminated, *_ = env.step(action)
+        expected = env.task.transition_reward(before, env.qpos, env.qvel, action.T)
+        assert not terminated.any() and not torch.equal(env.qpos, before)
+        torch.testing.assert_close(reward, expected)  # of where this engine's step went
+        torch.testing.assert_close(obs, env.task.observe(env.qpos, env.qvel, action.T).T)
     assert float((soft.qpos - hard.qpos).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "name, before, qpos, qvel, expected",
+    [
+        ("Hopper-v5", {0: 1.0}, {0: 1.02, 1: 1.2}, {}, 0.02 / 0.008 + 1 - 1e-3 * 3 * 0.25),
+        ("Hopper-v5", {0: 1.0}, {0: 1.02, 1: 0.69}, {}, 0.02 / 0.008 - 1e-3 * 3 * 0.25),  # too low to be healthy
+        ("HalfCheetah-v5", {0: 1.0}, {0: 0.9}, {}, -0.1 / 0.05 - 0.1 * 6 * 0.25),
+        ("Walker2d-v5", {}, {1: 1.2, 2: 1.1}, {}, -1e-3 * 6 * 0.25),  # leans too far
+        ("Ant-v5", {0: 0.0}, {0: 0.2, 2: 0.5}, {}, 0.2 / 0.05 + 1 - 0.5 * 8 * 0.25),
+    ],
+)
+def test_reward_of_a_twins_transition_computed_by_hand(name, before, qpos, qvel, expected):
+    env = make(name, 1)
+    (q0, _), (q, v) = state(env, before), state(env, qpos, qvel)
+    action = torch.full((env.model.nu, 1), 0.5)
+    assert float(env.task.transition_reward(q0, q, v, action)) == pytest.approx(expected, abs=2e-4)
 
 
 def state(env, qpos=None, qvel=None):
@@ -139,20 +163,10 @@ def test_numpy_view_is_the_same_environment():
         raise AssertionError("no hopper fell")
 
 
-@pytest.fixture
-def reach(tmp_path):
-    """The task of the README, as a user would copy it."""
-    readme = (ROOT / "README.md").read_text()
-    code = readme.split("```python\n# my_task.py\n")[1].split("```")[0]
-    assert len(code.splitlines()) < 40
-    path = tmp_path / "my_task.py"
-    path.write_text(code)
-    return f"{path}:Reach"
-
-
 def test_a_task_from_a_file(reach, tmp_path):
     env = diffsim.make(reach, 3, compile=False)
     assert env.reset()[0].shape == (3, 6)
+    assert torch.isfinite(env.step(torch.ones(3, 2))[1]).all()
     assert playback_env(reach, 2).num_envs >= 2
     file = reach.rpartition(":")[0]
     (tmp_path / "broken.py").write_text("1 / 0")
@@ -167,18 +181,9 @@ def test_a_task_from_a_file(reach, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_shac_learns_a_task_from_a_file(reach, tmp_path):
-    flags = "--num-envs 64 --horizon 30 --total-timesteps 60000 --eval-every 10000 --num-threads 1".split()
-    command = [sys.executable, "shac.py", "--env", reach, "--run-dir", str(tmp_path / "runs"), *flags]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=500)
-    with open(next(tmp_path.glob("runs/reach__shac__1__*/metrics.csv"))) as f:
-        returns = [float(r["eval_return"]) for r in csv.DictReader(f) if r["eval_return"]]
-    assert returns[0] < -35 and returns[-1] > -24  # no policy does much better than -18: the arm is not faster
-
-
 def test_the_calls_in_the_readme():
-    """Under "How a step works", as a user would paste them."""
-    readme = (ROOT / "README.md").read_text()
+    """Of diffsim/README.md, as a user would paste them."""
+    readme = (ROOT / "diffsim" / "README.md").read_text()
     block = "    import torch, diffsim\n" + readme.split("    import torch, diffsim\n")[1].split("\nAfter ")[0]
     names = {}
     exec(textwrap.dedent(block), names)
