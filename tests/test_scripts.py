@@ -57,6 +57,15 @@ def test_a_script_is_short(script):
     assert len(lines(script)) <= (500 if script == "rp_pgm_mb.py" else 400)
 
 
+def test_the_readme_is_two_screens_and_knows_the_scripts():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.split()) <= 1500
+    for script in SCRIPTS:
+        assert f"[{script}]({script}) | {len(lines(script))} |" in readme
+    prose = re.sub(r"```.*?```|^(    |\|).*?$|\(.*?\)", "", readme, flags=re.S | re.M)  # no code, tables, links
+    assert len(re.findall(r"\d[\d,.]*", prose)) <= 0.015 * len(prose.split())
+
+
 def test_the_difference_of_shac_and_rpo_is_small():
     diff = subprocess.run(["diff", *WINDOWS], cwd=ROOT, capture_output=True, text=True).stdout
     assert 0 < len(re.findall("^[<>]", diff, re.MULTILINE)) <= 150
