@@ -160,6 +160,8 @@ class Evaluator:
         batch = args.num_envs if args.physics == "diffsim" else args.eval_episodes
         self.episodes, self.env, self.others = args.eval_episodes, diffsim.make(args.env, batch, **known), {}
         if getattr(args, "eval_physics", False):
+            if args.physics == "gymnasium" and args.env not in diffsim.TASKS:
+                raise ValueError(f"--eval-physics: {args.env} runs on gymnasium only")
             other = "mujoco" if args.physics == "diffsim" else "diffsim"
             self.others[other] = diffsim.make(args.env, args.eval_episodes, physics=other, compile=False)
 
