@@ -256,7 +256,7 @@ def rpo_surrogate(policy: Normal, u, old_log_prob, g, clip_low: float, clip_high
     regenerated = policy.mean + policy.stddev * noise
     ratio = (policy.log_prob(u).sum(-1) - old_log_prob).exp().detach()
     inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
-    return torch.where(inside, ratio * (g * regenerated).sum(-1), 0.0), ratio
+    return torch.where(inside, ratio, 0.0) * (g * regenerated).sum(-1), ratio  # the ratio out of range may be infinite
 
 
 if __name__ == "__main__":

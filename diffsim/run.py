@@ -182,7 +182,7 @@ class Run:
         self.means: dict[str, list] = defaultdict(list)  # since the last row, to be averaged
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
-        self.interrupted = False
+        self.interrupted, self.nonfinite = False, []  # nonfinite: tags of the last row
         random.seed(args.seed)
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
@@ -237,12 +237,23 @@ class Run:
             yield self.iteration
             if self.numbers:
                 self._write_row()
+            self._stop_at_nan()
             self.iteration += 1
             if self.passed(self.args.save_every):
                 self.save()
         self.save()
         self.writer.close()
         self._say_last_words()
+
+    def _stop_at_nan(self):
+        """A policy that is not finite will not recover: the checkpoint of before is worth more than further steps."""
+        bad = [name for name, x in self.policy.named_parameters() if not torch.isfinite(x).all()]
+        bad += [tag for tag in self.nonfinite if tag.split("/")[0] in ("losses", "eval") or "return" in tag]
+        if bad:
+            checkpoint = self.folder / "checkpoint.pt"
+            before = f"{checkpoint} is from before" if checkpoint.exists() else "nothing was saved before"
+            print(f"{script()}.py: iteration {self.iteration}: {bad[0]} is not finite; {before}", file=sys.stderr)
+            raise SystemExit(1)
 
     def _interrupt(self, *_):
         """Ctrl-C lets the iteration finish, so that what is saved can be resumed bit for bit; twice: at once."""
@@ -314,6 +325,7 @@ class Run:
                 rows = list(csv.DictReader(f))
             self._rewrite([*self.metrics.fieldnames, *new], rows)
         self.metrics.writerow(row)
+        self.nonfinite = [tag for tag, x in numbers.items() if not np.isfinite(x)]
         self._show(numbers, wall)
         self.numbers, self.sums, self.means = {}, defaultdict(float), defaultdict(list)
 
