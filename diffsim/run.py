@@ -8,7 +8,8 @@ How a script uses it:
     for iteration in run:                     # saves when due; ends after the last, --stop-after or Ctrl-C
         run.episodes(info)                    # after each step: episodes that ended
         run.lap("simulate")                   # seconds since the last lap
-        run.log({"losses/value_loss": 0.1})   # a number's TensorBoard tag; the last part is its column in metrics.csv
+        run.mean({"losses/value_loss": x})    # of one of many updates: the row has the mean
+        run.log({"losses/kl": 0.1})           # a number's TensorBoard tag; the last part is its column in metrics.csv
 """
 
 import csv
