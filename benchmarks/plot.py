@@ -20,7 +20,8 @@ from tables import ALGORITHMS, ESTIMATORS, HERE, IN_DIFFSIM, ON_MUJOCO, load_cur
 
 plt.switch_backend("Agg")
 # flags in which runs may differ and still be one variant
-INCIDENTAL = "seed run_dir resume stop_after save_every num_threads capture_video compile device".split()
+INCIDENTAL = "seed run_dir resume stop_after save_every num_threads capture_video compile device eval_every".split()
+INCIDENTAL += "eval_episodes eval_physics total_timesteps log_every".split()
 Panels = dict[str, dict[str, list[pd.DataFrame]]]  # {title: {label: curves of its seeds}}
 
 

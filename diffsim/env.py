@@ -62,8 +62,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self._ctrl_mid = torch.where(free, 0.0, (low + high) / 2)
         self._ctrl_half = torch.where(free, 1.0, (high - low) / 2)
         self._generator = torch.Generator(device=self.device).manual_seed(seed)
-        qpos, qvel = task.reset(self.model, 1, torch.Generator(device=self.device).manual_seed(0))
-        obs_dim = task.observe(qpos, qvel, qpos.new_zeros(self.model.nu, 1)).shape[0]
+        obs_dim, qpos, qvel = self._try_task()
         box = gymnasium.spaces.Box
         self.single_observation_space = box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.single_action_space = box(-1.0, 1.0, (self.model.nu,), np.float32)
@@ -71,6 +70,29 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self._starts = [qpos[:, :0], qvel[:, :0]]
         self._start(*self._fresh(num_envs))
+
+    def _try_task(self) -> tuple[int, Tensor, Tensor]:
+        """Size of an observation, and two initial states. Raises ValueError, one line, for a method that is missing or
+        returns another shape."""
+        task, m, name = self.task, self.model, type(self.task).__name__
+
+        def check(method: str, x, *shape):
+            if not isinstance(x, Tensor) or x.shape != shape:
+                found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise ValueError(f"{name}.{method} returned {found} for 2 environments, expected the shape {shape}")
+
+        try:
+            qpos, qvel = task.reset(m, 2, torch.Generator(device=self.device).manual_seed(0))
+            check("reset", qpos, m.nq, 2)
+            check("reset", qvel, m.nv, 2)
+            action = qpos.new_zeros(m.nu, 2)
+            obs = task.observe(qpos, qvel, action)
+            check("observe", obs, obs.shape[0] if isinstance(obs, Tensor) and obs.dim() else 0, 2)
+            check("reward", task.transition_reward(qpos, qpos, qvel, action), 2)
+            check("terminated", task.terminated(qpos, qvel), 2)
+        except NotImplementedError as e:
+            raise ValueError(f"{name} does not define {e}: see diffsim.Task") from None
+        return obs.shape[0], qpos, qvel
 
     # --- episodes -------------------------------------------------------------------------------------------
     def _fresh(self, count: int):

@@ -21,11 +21,14 @@ class GymnasiumEnv:
     """
 
     def __init__(self, name: str, num_envs: int = 1, seed: int = 0, **kwargs):
+        mujoco.set_mju_user_warning(lambda message: None)  # what is deprecated in its files is Gymnasium's business
         try:
             makers = [lambda: gymnasium.make(name, **kwargs)] * num_envs
             self.envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
         except (gymnasium.error.Error, ImportError) as e:
             raise ValueError(f"env '{name}': Gymnasium cannot make it: {' '.join(str(e).split())}") from None
+        finally:
+            mujoco.set_mju_user_warning(None)
         self.single_observation_space = self.envs.single_observation_space
         self.single_action_space = self.envs.single_action_space
         for space in (self.single_observation_space, self.single_action_space):

@@ -120,7 +120,7 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _rollout_gymnasium(env: GymnasiumEnv, policy, episodes: int, seed: int) -> dict[str, np.ndarray]:
-    obs, _ = env.reset(seed=seed)
+    obs, _ = env.reset(seed=10_000 * seed)  # environment i has this seed + i
     data = getattr(env.envs.envs[0].unwrapped, "data", None)
     total, length = torch.full((episodes,), torch.nan), torch.zeros(episodes)
     frames = []
@@ -201,8 +201,8 @@ def main():
         given = env.single_observation_space.shape[0]
         if wanted != given:
             raise ValueError(f"the policy wants {wanted} observations, {name} on {physics} has {given}")
+        print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy", flush=True)
         result = rollout(env, policy, args.episodes, args.seed)
-        print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy")
         for key, unit in (
             ("return", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"), ("penetration", "m"),
             ("saturation", ""),
@@ -212,8 +212,9 @@ def main():
                 continue
             print(f"{key:16s} {x.mean():10.3f} +- {x.std():.3f}   [{x.min():.3f}, {x.max():.3f}] {unit}")
         if args.video:
+            print(f"drawing {len(result['qpos'])} frames", flush=True)
             film(env, result["qpos"], args.video)
-            print(f"wrote {args.video}")
+            print(f"wrote {args.video}, and a strip of frames beside it as .png")
     except ValueError as e:
         print(f"diffsim.play: {e}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -15,7 +15,7 @@ import numpy as np
 WIDTH, HEIGHT = 640, 480
 FPS = 30
 STRIP_START, STRIP_EVERY, STRIP_FRAMES = 60, 2, 8  # frames of the video
-STRIP = slice(105, 395), slice(190, 450)  # their rows and columns
+STRIP = slice(125, 385), slice(165, 475)  # their rows and columns
 
 
 def check_path(path: str | Path):
@@ -56,7 +56,7 @@ def _draw(binary: str, frames: str, control_dt: str, path: str):
     m, qpos = mujoco.MjModel.from_binary_path(binary), np.load(frames)
     m.vis.headlight.ambient[:], m.vis.headlight.diffuse[:] = 0.35, 0.55
     data, camera = mujoco.MjData(m), mujoco.MjvCamera()
-    camera.distance, camera.elevation, camera.azimuth = 3.4, -15, 90
+    camera.distance, camera.elevation, camera.azimuth = 3.9, -15, 90
     renderer = mujoco.Renderer(m, HEIGHT, WIDTH)
     qpos = qpos[:: max(1, round(1 / FPS / float(control_dt)))]
     writer = imageio_ffmpeg.write_frames(path, (WIDTH, HEIGHT), fps=FPS)

@@ -273,7 +273,7 @@ class Run:
         if self.args.capture_video:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
-        video = "" if self.env.mj_model is None else " --video video.mp4"
+        video = "" if self.env.mj_model is None else f" --video {self.folder / 'video.mp4'}"
         print(f"done; watch it: {python} -m diffsim.play {self.folder}{video}", flush=True)
 
     @property

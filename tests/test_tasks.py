@@ -197,3 +197,20 @@ def test_playback_starts_alike_on_both_engines_and_in_any_batch():
     for many, few in zip(starts(soft, 4, seed=1), starts(hard, 2, seed=1)):
         assert many.shape[1] == 8 and torch.equal(many[:, :2], few[:, :2]) and torch.equal(many[:, 4:], many[:, :4])
         assert not torch.equal(many[:, 0], many[:, 1])
+
+
+@pytest.mark.parametrize(
+    "method, returns, message",
+    [
+        ("reward", lambda *_: torch.zeros(1, 2), r"reward returned shape \(1, 2\) for 2 environments, expected"),
+        ("observe", lambda *_: torch.zeros(2), r"observe returned shape \(2,\)"),
+        ("terminated", lambda *_: False, "terminated returned a bool"),
+        ("reset", lambda *_: (torch.zeros(5, 2), torch.zeros(2, 2)), r"reset returned shape \(5, 2\)"),
+        ("reset", diffsim.Task.reset, "does not define reset"),
+    ],
+)
+def test_a_method_of_a_task_that_returns_another_shape_is_one_line(method, returns, message):
+    broken = type("Broken", (diffsim.TASKS["cartpole"],), {method: returns})
+    with pytest.raises(ValueError, match=f"Broken.*{message}") as error:
+        diffsim.make(broken(), 3, compile=False)
+    assert "\n" not in str(error.value)

@@ -13,27 +13,30 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 class Task:
-    """Subclass it, set `xml`, and write the four methods. All but `reset` must be differentiable and batched."""
+    """Subclass it, set `xml`, and write reset, observe and reward; terminated where episodes end before their time.
 
-    xml: str | Path  # an MJCF file or string
+    All but `reset` are differentiated: tensors in, tensors out, for B environments at once.
+    """
+
+    xml: str | Path  # an MJCF file (a path) or its text
     control_dt = 1 / 60  # seconds an action is held
     substeps = 4  # physics steps in that time
-    max_episode_steps = 1000
+    max_episode_steps = 1000  # control steps; then the episode is truncated
     physics = "diffsim"  # engine that runs it unless another is asked for
     own_integrator = False  # on MuJoCo's physics: the MJCF's integrator, not Euler
     warn_of_self_collision = True  # links never touch each other; say so where MuJoCo's would
 
     def reset(self, model, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Initial qpos (nq, count), qvel (nv, count); draw every random number from `generator`."""
-        raise NotImplementedError
+        raise NotImplementedError("reset")
 
     def observe(self, qpos: Tensor, qvel: Tensor, action: Tensor) -> Tensor:
         """Observation (obs_dim, B) of a state and the action (nu, B) that led to it."""
-        raise NotImplementedError
+        raise NotImplementedError("observe")
 
     def reward(self, qpos: Tensor, qvel: Tensor, action: Tensor) -> Tensor:
         """Reward (B,) of arriving in a state by an action."""
-        raise NotImplementedError
+        raise NotImplementedError("reward")
 
     def transition_reward(self, before: Tensor, qpos: Tensor, qvel: Tensor, action: Tensor) -> Tensor:
         """Reward (B,) that depends on the qpos a step began with, too: what the environment asks for."""
