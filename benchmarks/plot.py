@@ -34,7 +34,7 @@ def draw(panels: Panels, path: Path):
             for i, (label, seeds) in enumerate(variants.items()):
                 color = f"C{ALGORITHMS.index(label) if label in ALGORITHMS else i}"
                 grid = np.linspace(0, end(seed[key].max() for seed in seeds), 300)  # who is through keeps its return
-                ys = np.stack([np.interp(grid, seed[key], seed.episodic_return) for seed in seeds])
+                ys = np.stack([np.interp(grid, seed[key], seed.episodic_return, np.nan) for seed in seeds])
                 axis.plot(grid / scale, ys.mean(0), color=color, label=f"{label} ({len(seeds)})")
                 axis.fill_between(grid / scale, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
             axis.set(xlabel="minutes" if scale == 60 else "million environment steps", xlim=(0, None))
@@ -71,8 +71,11 @@ def of_user(folders: tuple[Path, ...]) -> Panels:
         except (OSError, KeyError, pd.errors.EmptyDataError):
             curve = pd.DataFrame()
         if curve.empty:
-            sys.exit(f"plot.py: {folder} has no metrics.csv with returns")
-        variants.append((settings(folder), curve))
+            print(f"plot.py: {folder} has no metrics.csv with returns: left out", file=sys.stderr)
+        else:
+            variants.append((settings(folder), curve))
+    if not variants:
+        sys.exit("plot.py: nothing to draw")
     for mine, curve in variants:
         rivals = [x for x, _ in variants if (x["env"], x["script"]) == (mine["env"], mine["script"])]
         differ = [f"{k}={mine[k]}" for k in mine if any(x.get(k) != mine[k] for x in rivals)]

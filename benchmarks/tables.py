@@ -82,7 +82,7 @@ def lowest(evaluations: pd.Series) -> float:
 def setting(group: pd.DataFrame) -> str:
     """The flags that make a variant: not its engine, budget and evaluations."""
     flags = re.sub(r"--(physics|total-timesteps|eval-every) \S+ ?", "", group["flags"].iloc[0]).strip()
-    return "the paper's setting" if group.tag.iloc[0] == "paper" else f"`{flags}`" if flags else "defaults"
+    return "near the paper's" if group.tag.iloc[0] == "paper" else f"`{flags}`" if flags else "defaults"
 
 
 def ppo_after(group: pd.DataFrame, key: str, spent: float) -> str:

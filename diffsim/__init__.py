@@ -36,7 +36,7 @@ def make(
     """Build `num_envs` environments of a task on an engine.
 
     Args:
-        task: its name ("ant"), "path/to/my_task.py:MyTask", a Task object, or the id of any Gymnasium environment.
+        task: its name ("ant"), "path/to/my_task.py:MyTask", a Task or its class, or the id of a Gymnasium environment.
         physics: "diffsim"; "mujoco", MuJoCo's step with diffsim's gradient; "gymnasium", `gymnasium.make` itself,
             without gradient. None: the task's own, which is mujoco for those of Gymnasium that diffsim has, too.
         stiffness, smoothing: of the contacts that the gradient goes through, see Softness. None: diffsim's own, and
@@ -44,6 +44,7 @@ def make(
         compile: compile diffsim's step, once for a robot, num_envs and softness.
     Raises ValueError, one line, for an unknown task, engine or device, and num_envs < 1.
     """
+    task = task() if isinstance(task, type) else task
     physics = default_physics(task) if physics is None else physics
     if num_envs < 1:
         raise ValueError(f"num_envs is {num_envs}; it must be at least 1")

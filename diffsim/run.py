@@ -114,6 +114,9 @@ def parse(Args, defaults: dict):
     `defaults` names settings by task ("ant"), task and engine ("ant on mujoco") or engine ("on gymnasium"); a task in a
     file has those of the task that it derives from. With --resume they are the run's own, which no flag may change.
     """
+    for key, settings in defaults.items():
+        if unknown := set(settings) - {f.name for f in fields(Args)}:
+            fail(f'DEFAULTS["{key}"] sets {", ".join(sorted(unknown))}, which is no field of Args')
     argv = [a for a in sys.argv[1:] if a not in ("-h", "--help")]  # so that --help shows the task's settings
     args = tyro.cli(Args, args=argv)
     if args.resume is not None:
@@ -180,6 +183,7 @@ class Run:
         self.recent: deque = deque(maxlen=episodes)  # (return, length)
         self.numbers: dict[str, float] = {}  # of this iteration, by tag
         self.sums: dict[str, float] = defaultdict(float)  # since the last row: seconds of laps, bad states
+        self.tags: dict[str, str] = {}  # by column
         self.means: dict[str, list] = defaultdict(list)  # since the last row, to be averaged
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
@@ -302,12 +306,21 @@ class Run:
 
     def log(self, numbers: dict):
         """Numbers of this iteration, by tag; an iteration that logs none has no row."""
+        self._check(numbers)
         self.numbers |= {tag: x.item() if isinstance(x, torch.Tensor) else x for tag, x in numbers.items()}
 
     def mean(self, numbers: dict):
         """Numbers of one of many updates, by tag: the row has their means since the last one."""
+        self._check(numbers)
         for tag, x in numbers.items():
             self.means[tag].append(torch.as_tensor(x).detach().float())
+
+    def _check(self, numbers: dict):
+        for tag, x in numbers.items():
+            if isinstance(x, torch.Tensor) and x.numel() != 1:
+                fail(f"{tag} has the shape {tuple(x.shape)}: a number is logged")
+            if (other := self.tags.setdefault(column(tag), tag)) != tag:
+                fail(f"{tag} and {other} would both be the column {column(tag)} of metrics.csv")
 
     def _write_row(self):
         wall = time.time() - self.start

@@ -109,7 +109,7 @@ def test_plot_draws_the_runs_of_a_user(tmp_path):
 
 
 def test_plot_says_in_a_line_what_is_no_run(tmp_path):
-    with pytest.raises(SystemExit, match="has no metrics.csv with returns"):
+    with pytest.raises(SystemExit, match="nothing to draw"):
         plot.main((tmp_path,), tmp_path / "mine.png")
 
 

@@ -172,3 +172,8 @@ def test_the_engine_of_a_task_is_its_own_unless_asked_otherwise():
     assert diffsim.make("hopper", 1, compile=False).model.softness == diffsim.Softness()
     soft = diffsim.make("hopper", 1, stiffness=0.3, smoothing=2.0, compile=False).model.softness
     assert soft == diffsim.Softness(0.3).widened(2.0) != diffsim.Softness()
+
+
+def test_a_twins_reward_is_its_transition_reward():
+    with pytest.raises(ValueError, match=r"Calm.reward is never asked on a Gymnasium task; write transition_reward"):
+        type("Calm", (diffsim.TASKS["Hopper-v5"],), dict(reward=lambda *_: 0.0))

@@ -559,3 +559,25 @@ def test_nan_stops_the_run_with_one_line_and_keeps_the_checkpoint(script, tmp_pa
     assert stopped.value.code == 1 and "is not finite; nothing was saved before" in said[-1]
     assert not (the_run(tmp_path / "runs") / "checkpoint.pt").exists()
     assert len(said) <= 2
+
+
+def test_defaults_that_no_field_of_args_takes_are_named(monkeypatch, capsys):
+    """A fork that removes a flag is told on every task, not on the one whose settings name it."""
+    with command_line("shac.py"), pytest.raises(SystemExit) as stopped:
+        parse(module("shac.py").Args, {"hopper": dict(kl_coef=1.0)})
+    assert stopped.value.code == 2 and 'DEFAULTS["hopper"] sets kl_coef, which is no' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ({"losses/vec": torch.zeros(3)}, r"losses/vec has the shape (3,)"),
+        ({"losses/x": 1.0, "policy/x": 2.0}, "policy/x and losses/x would both be the column x"),
+    ],
+)
+def test_what_cannot_be_logged_is_one_line(numbers, message, capsys):
+    run = Run(parsed("shac.py"), 1, 1)
+    for log in (run.log, run.mean):
+        with pytest.raises(SystemExit):
+            log(numbers)
+        assert message in capsys.readouterr().err

@@ -31,6 +31,9 @@ class GymnasiumTwin(Task):
 
     def __init_subclass__(cls):
         cls.control_dt, cls.substeps = cls.frame_skip * cls.timestep, cls.frame_skip
+        if "reward" in vars(cls):
+            wanted = "transition_reward(self, before, qpos, qvel, action)"
+            raise ValueError(f"{cls.__name__}.reward is never asked on a Gymnasium task; write {wanted} instead")
 
     def reset(self, model, count, generator):
         start = torch.as_tensor(model.mj_model.qpos0, dtype=model.dtype, device=model.device)[:, None]
