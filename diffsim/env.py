@@ -89,7 +89,9 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             obs = task.observe(qpos, qvel, action)
             check("observe", obs, obs.shape[0] if isinstance(obs, Tensor) and obs.dim() else 0, 2)
             check("reward", task.transition_reward(qpos, qpos, qvel, action), 2)
-            check("terminated", task.terminated(qpos, qvel), 2)
+            check("terminated", ends := task.terminated(qpos, qvel), 2)
+            if ends.dtype != torch.bool:
+                raise ValueError(f"{name}.terminated returned {ends.dtype}, expected torch.bool")
         except NotImplementedError as e:
             raise ValueError(f"{name} does not define {e}: see diffsim.Task") from None
         return obs.shape[0], qpos, qvel

@@ -226,7 +226,7 @@ class Run:
         self.iteration, self.global_step = checkpoint["iteration"], checkpoint["global_step"]
         self.recent.extend(checkpoint["recent"])
         self.sums.update(checkpoint["sums"])
-        self.means.update(checkpoint["means"])
+        self.means.update({tag: [x.to(self.env.device) for x in xs] for tag, xs in checkpoint["means"].items()})
         self.start -= checkpoint["wall_time_s"]
         if not (self.folder / "metrics.csv").exists():
             return []

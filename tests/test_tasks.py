@@ -205,6 +205,7 @@ def test_playback_starts_alike_on_both_engines_and_in_any_batch():
         ("reward", lambda *_: torch.zeros(1, 2), r"reward returned shape \(1, 2\) for 2 environments, expected"),
         ("observe", lambda *_: torch.zeros(2), r"observe returned shape \(2,\)"),
         ("terminated", lambda *_: False, "terminated returned a bool"),
+        ("terminated", lambda *_: torch.zeros(2), "terminated returned torch.float32, expected torch.bool"),
         ("reset", lambda *_: (torch.zeros(5, 2), torch.zeros(2, 2)), r"reset returned shape \(5, 2\)"),
         ("reset", diffsim.Task.reset, "does not define reset"),
     ],
