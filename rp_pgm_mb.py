@@ -29,17 +29,18 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import diffsim
+from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.replay import ReplayBuffer
-from diffsim.run import Run, RunArgs, fail, one_line_errors, parse
+from diffsim.run import Run
 
 # isort: split
-from diffsim.run import Count, Fraction, Layers, Natural, Norm, Number, Rate, Seed  # bounds
+from diffsim.flags import Count, Fraction, Layers, Natural, Norm, Number, Rate, Seed  # bounds
 
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, stop_after, resume, run_dir, capture_video: diffsim/run.py
+    # device, compile, num_threads, stop_after, resume, run_dir, capture_video: diffsim/flags.py
     env: str = "Hopper-v5"
     """environment: a Gymnasium id, a diffsim task (see `python -m diffsim`), or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
@@ -470,9 +471,8 @@ if __name__ == "__main__":
                 segment = normalized(normalizer, buffer.sample(args.batch_size, h, args.dr_recent))
             noise = torch.randn(h + 1, args.batch_size, act_dim, device=env.device)
             with parametrize.cached():  # the normalised weights once, not once per step of the expansion ...
-                for layer in actor.net:
-                    if parametrize.is_parametrized(layer):
-                        layer.weight  # noqa: B018  ... and with their graph: dr and lr begin without one
+                for layer in filter(parametrize.is_parametrized, actor.net):
+                    layer.weight  # noqa: B018  ... and with their graph: dr and lr begin without one
                 value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, entropy_coef)
                 policy_loss = -value.mean()
                 actor_optimizer.zero_grad()

@@ -26,16 +26,17 @@ import torch.nn as nn
 from torch.distributions import Normal
 
 import diffsim
+from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
-from diffsim.run import Run, RunArgs, fail, one_line_errors, parse
+from diffsim.run import Run
 
 # isort: split
-from diffsim.run import Count, Decay, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Count, Decay, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, run_dir, capture_video: diffsim/run.py
+    # device, compile, num_threads, save_every, stop_after, resume, run_dir, capture_video: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None

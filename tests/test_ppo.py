@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ppo_baseline as ppo
+from diffsim.flags import parse
 from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
 from diffsim.play import load_policy
-from diffsim.run import parse
 from tests import SCRIPTS, command_line, play, rows, run_script, the_run
 from tests.test_shac import learned
 

@@ -1,4 +1,4 @@
-"""What the four scripts have in common, and what diffsim/run.py does for each of them."""
+"""What the four scripts have in common, and what diffsim/flags.py and run.py do for each of them."""
 
 import ast
 import csv
@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.run import Run, RunArgs, bounds, parse
+from diffsim.flags import RunArgs, bounds, parse
+from diffsim.run import Run
 from tests import ROOT, SCRIPTS, WINDOWS, command_line, rows, run_fresh, run_script, the_run
 
 # a few seconds' work for each script; with --stop-after N each has N rows or more
