@@ -11,6 +11,7 @@ import torch
 import tyro
 
 import diffsim
+from diffsim.tasks import is_file
 
 
 class Bound(NamedTuple):
@@ -102,6 +103,8 @@ def parse(Args, defaults: dict):
             default = replace(Args(**load(args.resume)["args"]), resume=args.resume, stop_after=None)
         except (KeyError, TypeError):
             fail(f"--resume {args.resume}: a checkpoint of another version of {script()}.py")
+        if is_file(default.env) and args.env != default.env:
+            fail(f"--resume {args.resume}: a run on code in a file; if you trust that file: --env {default.env}")
     else:
         with one_line_errors():
             physics = args.physics or diffsim.default_physics(args.env)

@@ -75,7 +75,19 @@ def compiler_available(device: torch.device) -> bool:
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("DIFFSIM_CACHE", Path.home() / ".cache" / "diffsim"))
+    """Where compiled physics is kept. It is machine code, so ValueError if another user owns it or may write there."""
+    path = Path(os.environ.get("DIFFSIM_CACHE", Path.home() / ".cache" / "diffsim"))
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+    except OSError as e:
+        raise ValueError(f"no folder for compiled physics: {e}; set DIFFSIM_CACHE to one that can be written") from None
+    if hasattr(os, "getuid"):
+        if found.st_uid != os.getuid():
+            raise ValueError(f"compiled physics is machine code and {path} is another user's: set DIFFSIM_CACHE")
+        if found.st_mode & 0o022:
+            raise ValueError(f"compiled physics is machine code and others may write to {path}: chmod 700 {path}")
+    return path
 
 
 def load_or_build(model: Model, num_envs: int):

@@ -13,6 +13,7 @@ How a script uses it:
 """
 
 import csv
+import io
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ import sys
 import time
 from collections import defaultdict, deque
 from dataclasses import asdict, fields
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from diffsim.flags import fail, load, one_line_errors, script
 from diffsim.play import record
+from diffsim.policy import write_policy
+from diffsim.tasks import is_file
 
 
 def process_start() -> float:
@@ -58,6 +62,7 @@ class Run:
         self.means: dict[str, list] = defaultdict(list)  # since the last row, to be averaged
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
+        self.best = -inf  # return of the best evaluation
         self.interrupted, self.nonfinite = False, []  # nonfinite: tags of the last row
         random.seed(args.seed)
         np.random.seed(args.seed)
@@ -76,6 +81,8 @@ class Run:
             resume = Path(self.args.resume)
             self.folder = resume if resume.is_dir() else resume.parent
             rows = self._load(load(self.args.resume))
+        with one_line_errors():  # what cannot be exported is not trained for an hour first
+            write_policy(policy, env.single_observation_space.shape[0], env.device, io.BytesIO())
         self.folder.mkdir(parents=True, exist_ok=True)
         self._rewrite(list(rows[0]) if rows else ["iteration", "global_step", "wall_time_s"], rows)
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step or None)
@@ -95,6 +102,7 @@ class Run:
                 fail(f"--resume {self.folder}: its {name} does not fit, so the task or the script is another version")
         torch.set_rng_state(checkpoint["rng"])
         self.iteration, self.global_step = checkpoint["iteration"], checkpoint["global_step"]
+        self.best = checkpoint["best"]
         self.recent.extend(checkpoint["recent"])
         self.sums.update(checkpoint["sums"])
         self.means.update({tag: [x.to(self.env.device) for x in xs] for tag, xs in checkpoint["means"].items()})
@@ -111,6 +119,7 @@ class Run:
             self.global_step += self.steps
             self.lap_start = time.time()
             yield self.iteration
+            self._keep_best()
             if self.numbers:
                 self._write_row()
             self._stop_at_nan()
@@ -140,16 +149,17 @@ class Run:
 
     def _say_last_words(self):
         python = os.path.relpath(sys.executable)
+        named = f" --env {self.args.env}" if is_file(self.args.env) else ""  # its code runs: see README
         print(end="\n" if sys.stdout.isatty() else "")  # after the bar
         if self.iteration < self.total:
             said = "interrupted and saved" if self.interrupted else "saved"
-            print(f"{said}; continue with: {python} {script()}.py --resume {self.folder}", flush=True)
+            print(f"{said}; continue with: {python} {script()}.py --resume {self.folder}{named}", flush=True)
             sys.exit(130 if self.interrupted else 0)
         if self.args.capture_video:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
         video = "" if self.env.mj_model is None else f" --video {self.folder / 'video.mp4'}"
-        print(f"done; watch it: {python} -m diffsim.play {self.folder}{video}", flush=True)
+        print(f"done; watch it: {python} -m diffsim.play {self.folder}{named}{video}", flush=True)
 
     @property
     def last(self) -> bool:
@@ -243,14 +253,22 @@ class Run:
         """checkpoint.pt, and policy.pt2: observation -> action, a program that needs no script."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= dict(script=script(), args=asdict(self.args), rng=torch.get_rng_state(), recent=list(self.recent))
-        state |= dict(sums=dict(self.sums), means=dict(self.means))  # of a row that is not yet due
+        state |= dict(sums=dict(self.sums), means=dict(self.means), best=self.best)  # of a row that is not yet due
         state |= dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=time.time() - self.start)
         self._atomic(lambda path: torch.save(state, path), "checkpoint.pt")
-        example = torch.zeros(2, *self.env.single_observation_space.shape, device=self.env.device)
-        dynamic = ({0: torch.export.Dim("batch", min=1)},)
-        program = torch.export.export(self.policy, (example,), dynamic_shapes=dynamic)
+        self._save_policy("policy.pt2")
+
+    def _save_policy(self, name: str):
         trained_on = dict(env=self.args.env, physics=self.args.physics)
-        self._atomic(lambda path: torch.export.save(program, path, extra_files=trained_on), "policy.pt2")
+        obs_dim, device = self.env.single_observation_space.shape[0], self.env.device
+        self._atomic(lambda path: write_policy(self.policy, obs_dim, device, path, **trained_on), name)
+
+    def _keep_best(self):
+        """policy_best.pt2 is the policy of the best evaluation so far."""
+        found = self.numbers.get("eval/episodic_return", -inf)
+        if found > self.best:
+            self.best = found
+            self._save_policy("policy_best.pt2")
 
     def _atomic(self, write, name: str):
         """A file is there whole, or as it was before."""

@@ -403,7 +403,7 @@ def test_resume_is_exact_and_a_policy_needs_no_script(script, arm, tmp_path):
     program = torch.export.load(run / "policy.pt2").module()
     assert program(torch.randn(5, 6)).shape == (5, 2) and bool((program(100 * torch.randn(5, 6)).abs() <= 1).all())
     if script == "shac.py":  # in a process that never saw the script
-        command = [sys.executable, "-m", "diffsim.play", str(run), "--episodes", "2"]
+        command = [sys.executable, "-m", "diffsim.play", str(run), "--episodes", "2", "--env", arm]
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert f"{arm} on diffsim, 2 episodes" in said
 

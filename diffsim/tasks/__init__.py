@@ -21,6 +21,11 @@ TASKS: dict[str, type[Task]] = {
 }  # fmt: skip
 
 
+def is_file(name: str) -> bool:
+    """Whether a task's name is a class in a file, "path/to/my_task.py:MyTask": finding it runs that file's code."""
+    return ":" in name
+
+
 def find_task(name: str) -> Task:
     """The task of that name, or the class in a file: "path/to/my_task.py:MyTask".
 
@@ -64,4 +69,4 @@ def settings_of(name: str) -> str:
     return next((names[cls] for cls in type(find_task(name)).__mro__ if cls in names), name)
 
 
-__all__ = ["TASKS", "Task", "default_physics", "find_task", "settings_of"]
+__all__ = ["TASKS", "Task", "default_physics", "find_task", "is_file", "settings_of"]
