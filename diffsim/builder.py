@@ -299,7 +299,7 @@ class _Builder:
             gear=torch.tensor(gear, device=self.device, dtype=self.dtype), bias=self.column(moment @ b0),
             ctrl_low=self.column(np.where(limited, m.actuator_ctrlrange[:, 0], -np.inf)),
             ctrl_high=self.column(np.where(limited, m.actuator_ctrlrange[:, 1], np.inf)),
-            gravity=self.vec(m.opt.gravity), contact_names=self.contact_names,
+            gravity=self.vec(m.opt.gravity * (not disabled(m, "GRAVITY"))), contact_names=self.contact_names,
             softness=self.softness, device=self.device, dtype=self.dtype,
         )  # fmt: skip
 

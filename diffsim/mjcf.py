@@ -23,12 +23,12 @@ KNOWN = {
     "body": "pos quat ipos iquat mass inertia invweight0 parentid rootid weldid jntnum jntadr dofnum dofadr treeid "
             "geomnum geomadr simple sameframe subtreemass margin user contype conaffinity bvhadr bvhnum",
     "jnt": "type qposadr dofadr bodyid limited solref solimp pos axis stiffness range margin actfrcrange actuatorid "
-           "group user",
+           "plasticadr group user",
     "dof": "armature damping invweight0 bodyid jntid parentid treeid Madr simplenum solref solimp M0 length",
     "geom": "type contype conaffinity condim bodyid priority solmix solref solimp size pos quat friction margin gap "
             "surfacevel adhesion fluid dataid matid group sameframe castshadow aabb rbound user rgba",
     "tendon": "type adr num matid actuatorid group treenum treeid width solref_lim solimp_lim solref_fri solimp_fri "
-              "range actfrcrange margin lengthspring length0 invweight0 user rgba",
+              "range actfrcrange margin plasticadr lengthspring length0 invweight0 user rgba",
     "actuator": "trntype trnid gainprm biastype biasprm ctrlrange ctrllimited gear group forcerange dynprm ctrlspec "
                 "actadr actnum actrange ctrladr outadr cranklength acc0 length0 lengthrange user",
     "exclude": "signature",
@@ -74,8 +74,12 @@ class UnsupportedError(ValueError):
 def read(xml) -> tuple[mujoco.MjModel, str]:
     """The compiled model of an MJCF file or string, and its name. Raises ValueError, one line."""
     text = isinstance(xml, str) and "<" in xml
-    name = "<string>" if text else str(xml)
-    if not text and not Path(xml).is_file():
+    name = "<string>" if text else str(xml)[:200]
+    try:
+        found = text or Path(xml).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        found = False
+    if not found:
         raise ValueError(f"cannot read MJCF {name}: no such file")
     warn = mujoco.get_mju_user_warning()
     try:
@@ -110,7 +114,7 @@ def check(m: mujoco.MjModel, name: str):
         if count:
             no(what)
     _check_options(m, no)
-    for field in dir(m):
+    for field in sorted(dir(m), key=str.lower):
         value, plain = getattr(m, field), getattr(_plain(), field)
         prefix, _, rest = field.partition("_")
         if not isinstance(value, np.ndarray) or field.startswith(HARMLESS):
@@ -153,7 +157,7 @@ def _check_options(m, no):
     for bits, flags, state in (
         (opt.disableflags, mujoco.mjtDisableBit, "disable"), (opt.enableflags, mujoco.mjtEnableBit, "enable")
     ):  # fmt: skip
-        known = {int(bit): name[7:] for name, bit in flags.__members__.items()}
+        known = {int(bit): name[7:] for name, bit in flags.__members__.items() if "BL_" in name}
         for bit in (1 << i for i in range(32) if bits >> i & 1):
             if known.get(bit) not in FLAGS:
                 no(f"option flag {known.get(bit, bit).lower()}={state}")
