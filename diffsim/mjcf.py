@@ -48,19 +48,22 @@ FLAGS = (  # what they switch is simulated, refused in any case, or moves nothin
     "WARMSTART SENSOR MIDPHASE AUTORESET NATIVECCD MULTICCD ISLAND ENERGY FWDINV INVDISCRETE"
 ).split()
 # Where an array is not called as in MJCF, or something else would work: (what, instead).
+LEAVE = "leave it out"
 SERVO = "use <motor>, <position> or <velocity>"
 WORDS = {
-    "body_mocapid": ("mocap", ""),
+    "body_mocapid": ("mocap", LEAVE),
     "jnt_actfrclimited": ("actuatorfrcrange", "limit ctrlrange"),
-    "jnt_actgravcomp": ("actuatorgravcomp", ""),
+    "jnt_actgravcomp": ("actuatorgravcomp", LEAVE),
+    "jnt_stiffnesspoly": ("stiffnesspoly", "give stiffness one number"),
+    "dof_dampingpoly": ("dampingpoly", "give damping one number"),
     "dof_frictionloss": ("frictionloss", "use damping"),
-    "tendon_actfrclimited": ("actuatorfrcrange", ""),
+    "tendon_actfrclimited": ("actuatorfrcrange", LEAVE),
     "actuator_armature": ("armature", "give it to the joint"),
     "actuator_damping": ("damping", "give it to the joint"),
     "actuator_dyntype": ("activation dynamics (dyntype)", SERVO),
     "actuator_gaintype": ("gaintype", SERVO),
     "actuator_forcelimited": ("forcerange", "limit ctrlrange"),
-    "actuator_history": ("nsample, interp", ""),
+    "actuator_history": ("delay, nsample, interp", LEAVE),
 }
 PLAIN = """<mujoco><worldbody><body><joint name="j"/><geom size="1"/></body></worldbody>
 <tendon><fixed><joint joint="j" coef="1"/></fixed></tendon><actuator><motor joint="j"/></actuator></mujoco>"""
@@ -104,27 +107,29 @@ def label(m, kind, i) -> str:
 def check(m: mujoco.MjModel, name: str):
     """Raise on everything that would move the robot differently and that diffsim does not simulate."""
 
-    def no(what, instead=""):
-        raise UnsupportedError(f"{name}: {what} is not supported by diffsim" + (f"; {instead}" if instead else ""))
+    def no(what, instead=LEAVE):
+        raise UnsupportedError(f"{name}: {what} is not supported by diffsim; {instead}")
 
     for count, what in (
         (m.neq, "an equality constraint"), (m.nflex, "a flex"), (m.nplugin, "a plugin"),
-        (m.npair, "an explicit contact pair"), (m.nv == 0, "a model without joints"),
+        (m.npair, "an explicit contact pair"),
     ):  # fmt: skip
         if count:
             no(what)
+    if m.nv == 0:
+        no("a model without joints", "give a body a joint")
     _check_options(m, no)
-    for field in sorted(dir(m), key=str.lower):
+    for field in sorted(dir(m), key=lambda f: (f not in WORDS, f.lower())):  # the clearer messages first
         value, plain = getattr(m, field), getattr(_plain(), field)
         prefix, _, rest = field.partition("_")
         if not isinstance(value, np.ndarray) or field.startswith(HARMLESS):
             continue
         is_known = rest in KNOWN.get(prefix, "").split() or field in KNOWN
         for i, row in enumerate(value):
-            what, instead = WORDS.get(field, (rest or field, ""))
+            what, instead = WORDS.get(field, (rest or field, LEAVE))
             if not is_known and not (len(plain) and np.array_equal(row, plain[0])):
                 no(f"{what} of {_owner(m, prefix, i)}", instead)
-            if value.dtype.kind == "f" and not np.isfinite(row).all() and field != "actuator_ctrlrange":
+            if value.dtype.kind == "f" and not np.isfinite(row).all():
                 no(f"{what} = {row} of {_owner(m, prefix, i)}", "give a finite number")
     _check_joints(m, no)
     _check_contacts(m, no)
