@@ -67,7 +67,7 @@ WORDS = {
 }
 PLAIN = """<mujoco><worldbody><body><joint name="j"/><geom size="1"/></body></worldbody>
 <tendon><fixed><joint joint="j" coef="1"/></fixed></tendon><actuator><motor joint="j"/></actuator></mujoco>"""
-IMPEDANCE = 0.6  # at d MuJoCo is 1/(1 - d) times as stiff as solref says, diffsim 2.4 times: below, it is the stiffer
+IMPEDANCE = 0.6  # at d MuJoCo is 1/(1 - d) times as stiff as solref says, diffsim 2.4 times: below, MuJoCo is softer
 
 
 class UnsupportedError(ValueError):
@@ -77,10 +77,10 @@ class UnsupportedError(ValueError):
 def read(xml) -> tuple[mujoco.MjModel, str]:
     """The compiled model of an MJCF file or string, and its name. Raises ValueError, one line."""
     text = isinstance(xml, str) and "<" in xml
-    name = "<string>" if text else str(xml)[:200]
+    name = "<string>" if text else " ".join(str(xml)[:200].split())
     try:
         found = text or Path(xml).is_file()
-    except (OSError, ValueError):  # no name that a file could have
+    except (OSError, TypeError, ValueError):  # no name that a file could have
         found = False
     if not found:
         raise ValueError(f"cannot read MJCF {name}: no such file")

@@ -45,7 +45,8 @@ compiler angle radian, eulerseq zyx, inertiafromgeom true, balanceinertia true, 
 option timestep .001, gravity 1 2 -3, magnetic 1 1 1, impratio 9, tolerance 1e-3, cone elliptic, solver PGS,
     jacobian sparse, iterations 3, ls_iterations 3, noslip_iterations 3, integrator RK4, integrator implicitfast,
     actuatorgroupdisable 0, actuatorgroupdisable 1, actuatorgroupdisable 0 1 2, o_margin .1, o_solref .1 1,
-    o_friction 2 2 1 1 1, sleep_tolerance 9
+    o_friction 2 2 1 1 1, o_solimp .1 .1 1, sleep_tolerance 9, ccd_iterations 9, ccd_tolerance .1, ls_tolerance .1,
+    noslip_tolerance .1, sdf_iterations 2, sdf_initpoints 2
 flag gravity disable, spring disable, damper disable, actuation disable, limit disable, contact disable,
     constraint disable, equality disable, frictionloss disable, refsafe disable, warmstart disable, sensor disable,
     midphase disable, autoreset disable, nativeccd disable, multiccd disable, island disable, energy enable,
@@ -60,7 +61,8 @@ joint axis 0 1 -1, pos 1 1 1, ref 20, springref 30, springdamper .5 1, stiffness
     range -150 160, limited false, limited true, margin .01, group 3, user 1, solreffriction .1 1,
     solimpfriction .1 .1 .1, solreflimit .01 2, solreflimit -100 -3, solimplimit 0 .8 .03, type slide,
     actuatorfrclimited false
-geom fromto 0 0 0 .1 .2 .3, type sphere, mass 2, euler 10 20 30
+geom fromto 0 0 0 .1 .2 .3, type sphere, mass 2, euler 10 20 30, axisangle 1 2 3 40, xyaxes 1 1 0 0 1 1, zaxis 1 2 3,
+    castshadow false, fluidcoef 1 1 1 1 1, conaffinity 2
 ball damping 2, armature .3, pos 1 0 1, stiffness 0
 slide axis 0 0 1, ref -.3, springref .4, stiffness 9, range -8 8
 motor gear -3 2 1, ctrlrange -2 .3, ctrllimited false, group 1, user 1 2, forcelimited false
@@ -102,6 +104,7 @@ ALIKE_ELEMENTS = [
     ("actuator", '<velocity joint="slide" kv="4" gear="-2"/>'),
     ("actuator", '<general joint="hinge" gainprm="3 1" biastype="affine" biasprm="1 2 -3" gear="2"/>'),
     ("actuator", '<general joint="slide" gainprm="3" biastype="none" biasprm="1 2 3"/>'),
+    ("actuator", '<general joint="hinge" ffrange="-.1 .1" velrange="-.1 .1" lengthrange="-1 1"/>'),
     ("actuator", '<motor jointinparent="hinge" gear="3"/>'),
     ("actuator", '<motor joint="ball" gear="1 2 3"/>'),
     ("actuator", '<motor joint="free" gear="1 2 3 4 5 6"/>'),
@@ -144,6 +147,7 @@ REFUSED_ELEMENTS = [
     ("actuator", '<muscle joint="hinge"/>', "activation"),
     ("actuator", '<intvelocity joint="hinge" actrange="-1 1"/>', "activation"),
     ("actuator", '<pid joint="hinge" kp="2"/>', "gaintype"),
+    ("actuator", '<dcmotor joint="hinge" motorconst="1" resistance="2"/>', "gaintype|dyntype"),
     ("actuator", '<orientation joint="ball"/>', "gaintype"),
     ("actuator", '<general joint="hinge" dyntype="integrator"/>', "activation"),
     ("actuator", '<general joint="hinge" dyntype="filter" dynprm=".1"/>', "activation"),
@@ -301,6 +305,17 @@ def test_contact_is_where_mujoco_sees_it():
     assert gap.tolist() == [[pytest.approx(1.8)]]
 
 
+def test_moving_geoms_that_could_touch_are_named_in_a_warning():
+    two = """<mujoco>{}<worldbody><body name="a"><freejoint/><geom name="left" size=".1"/></body>
+    <body name="b"><freejoint/><geom name="right" size=".1"/></body></worldbody>{}</mujoco>"""
+    with pytest.warns(SelfCollisionWarning, match="1 pairs, geom 'left' and geom 'right'"):
+        load_model(two.format("", ""))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(two.format("", '<contact><exclude body1="b" body2="a"/></contact>'))
+        load_model(two.format('<option><flag contact="disable"/></option>', ""))
+
+
 def test_solref_is_read_as_in_mujoco():
     """By its two forms, with MuJoCo's rules for a pair of geoms and for times below two timesteps."""
     sphere = """<mujoco><option timestep=".004"><flag {}/></option><worldbody><geom type="plane" size="1 1 1" {}/>
@@ -352,7 +367,9 @@ def test_unreadable_mjcf_is_one_line(name, tmp_path, monkeypatch, capfd):
     assert [f.name for f in tmp_path.iterdir()] == [file.name]  # no MUJOCO_LOG.TXT
 
 
-@pytest.mark.parametrize("xml", ["", "no_such_file.xml", ".", "x" * 5000, "<html>\n</html>", "<mujoco\n", "\0"])
+@pytest.mark.parametrize(
+    "xml", ["", "no_such_file.xml", ".", "x" * 5000, "<html>\n</html>", "<mujoco\n", "\0", "a\nb", None]
+)
 def test_what_is_no_mjcf_is_one_line(xml, capfd):
     with pytest.raises(ValueError, match="cannot read MJCF") as error:
         load_model(xml)
