@@ -5,11 +5,12 @@ from functools import partial
 import gymnasium
 import torch
 
+from diffsim.builder import load_model
 from diffsim.dynamics import bias_force, contact_force, mass_matrix, step
 from diffsim.env import DiffEnv
 from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
 from diffsim.mjcf import UnsupportedError
-from diffsim.model import Model, Softness, load_model
+from diffsim.model import Model, Softness
 from diffsim.numpy_env import NumpyEnv
 from diffsim.tasks import TASKS, Task, default_physics, find_task, settings_of
 

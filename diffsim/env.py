@@ -17,7 +17,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from diffsim.model import SelfCollisionWarning, Softness, load_model
+from diffsim.builder import SelfCollisionWarning, load_model
+from diffsim.model import Softness
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.numpy_env import NumpyVectorEnv
 from diffsim.physics import DiffsimPhysics

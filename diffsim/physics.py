@@ -25,8 +25,9 @@ from torch import Tensor
 from torch._inductor.package import package_aoti
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from diffsim.builder import build_model
 from diffsim.dynamics import Step, actuator_force, backward_substep, forward_substep
-from diffsim.model import Model, Softness, build_model
+from diffsim.model import Model, Softness
 
 # Thousands of scalar operations, each used a few times: keep every value instead of recomputing it in each user,
 # fuse them into few large loops, and do not search for patterns that are not there. Halves the time to compile.
@@ -41,7 +42,9 @@ INDUCTOR = {
 }
 
 KINDS = ("forward", "backward")
-SOURCES = ("spatial", "contact", "kinematics", "forces", "articulated", "dynamics", "model", "physics")  # of the step
+SOURCES = (  # of the step
+    "spatial", "contact", "kinematics", "forces", "articulated", "dynamics", "model", "builder", "mjcf", "physics"
+)  # fmt: skip
 
 
 class DiffsimPhysics:

@@ -11,6 +11,7 @@ import torch
 import tyro
 
 import diffsim
+from diffsim.builder import without_margins
 from diffsim.dynamics import contact_points
 from diffsim.gymnasium_env import GymnasiumEnv
 from diffsim.mujoco_physics import MujocoPhysics
@@ -68,7 +69,7 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     length and, where it runs on MuJoCo, qpos."""
     if isinstance(env, GymnasiumEnv):
         return _rollout_gymnasium(env, policy, episodes, seed)
-    free = env.model.without_margins()
+    free = without_margins(env.model)
     env.reset(seed=seed)
     qpos, qvel = starts(env, episodes, seed)
     env.set_state(env.get_state() | dict(qpos=qpos, qvel=qvel))
