@@ -41,11 +41,16 @@ INDUCTOR = {
     "pattern_matcher": False,
     "cpp.enable_tiling_heuristics": False,
     "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.precompile_headers": False,  # they take longer than two libraries can save
 }
 
 KINDS = ("forward", "backward")
 SOURCES = ("spatial", "contact", "kinematics", "forces", "articulated", "dynamics", "model", "physics")  # of the step
 UNCOMPILED: set[Path] = set()  # what this process could not compile
+
+
+class CacheError(ValueError):
+    """The compiled step cannot be kept."""
 
 
 class DiffsimPhysics:
@@ -77,7 +82,7 @@ def cache_dir() -> Path:
 def load_or_build(model: Model, num_envs: int):
     """The compiled forward and backward substep for this robot, batch, precision, device and thread count.
 
-    None, with a warning, where they cannot be compiled. Raises ValueError, one line, where they cannot be kept.
+    None, with a warning, where they cannot be compiled. Raises CacheError, one line, where they cannot be kept.
     """
     entry = cache_dir().absolute() / f"{_key(model)}-{num_envs}"
     if entry in UNCOMPILED:
@@ -101,7 +106,7 @@ def load_or_build(model: Model, num_envs: int):
     except (OSError, RuntimeError) as e:
         why = getattr(e, "strerror", None) or str(e).splitlines()[0]
         where = f"compiled physics cannot be kept in {entry.parent}: {why}"
-        raise ValueError(f"{where}; set DIFFSIM_CACHE to another folder, or use --no-compile") from None
+        raise CacheError(f"{where}; set DIFFSIM_CACHE to another folder, or use --no-compile") from None
 
 
 def compiled_batches(model: Model) -> list[int]:

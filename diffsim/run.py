@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from diffsim.flags import fail, load, one_line_errors, script
+from diffsim import memory
+from diffsim.flags import explain, fail, load, one_line_errors, script
 from diffsim.play import record
 
 
@@ -59,6 +60,9 @@ class Run:
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
         self.interrupted, self.nonfinite = False, []  # nonfinite: tags of the last row
+        sys.excepthook = explain
+        if args.device == "cpu":
+            memory.limit()
         random.seed(args.seed)
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
