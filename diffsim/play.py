@@ -1,7 +1,9 @@
 """Watch a trained policy, and measure it: python -m diffsim.play RUN_OR_POLICY [--physics mujoco] [--video ant.mp4]"""
 
 import logging
+import os
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,17 @@ class Args:
     """write the first episode as .mp4, and a strip of frames beside it as .png"""
 
 
+def import_compiler():
+    """What optimizers and torch.export import: it makes a folder for what might be compiled, here one that exists."""
+    unset = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    import torch._dynamo.package
+    import torch._inductor.compiler_bisector  # noqa: F401
+
+    if unset:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
 def load_policy(path) -> tuple[torch.nn.Module, str]:
     """The exported policy, obs (B, obs_dim) -> action (B, act_dim), and the name of its environment."""
     return _load(path)[:2]
@@ -45,6 +58,7 @@ def _load(path) -> tuple[torch.nn.Module, str, str, int]:
     if not path.is_file():
         raise ValueError(f"no policy at {path}")
     extra = {"env": "", "physics": ""}
+    import_compiler()
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it prints a traceback before it raises
     try:
         program = torch.export.load(path, extra_files=extra)

@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from diffsim import memory
 from diffsim.flags import explain, fail, load, one_line_errors, script
-from diffsim.play import record
+from diffsim.play import import_compiler, record
 
 
 def process_start() -> float:
@@ -61,6 +61,7 @@ class Run:
         self.lap_start = self.shown = time.time()
         self.interrupted, self.nonfinite = False, []  # nonfinite: tags of the last row
         sys.excepthook = explain
+        import_compiler()
         if args.device == "cpu":
             memory.limit()
         random.seed(args.seed)
