@@ -1,6 +1,6 @@
 """kill -9 at random moments: every run goes on, with nothing lost but what was not yet saved.
 
-    python -m tests.kill            # 20 kills over the four scripts, minutes; exits 1 on a violation
+    python -m tests.kill            # 20 kills over the four scripts, a few minutes; exits 1 on a violation
     python -m tests.kill 4 7        # four kills, at the moments of seed 7
 
 A script is started, killed, resumed, killed again, ... and resumed to its end. Every third kill comes at any moment
@@ -22,6 +22,9 @@ import torch
 from tests import ROOT, SCRIPTS
 
 STEP, SAVE = 4, 40  # environment steps of a row of metrics.csv, and between checkpoints
+SHARED = (
+    f"--no-compile --env cartpole --save-every {SAVE} --eval-every 0 --eval-episodes 2 --total-timesteps 1000000000"
+)
 WINDOW = "--num-envs 2 --horizon 2 --critic-epochs 1 --critic-minibatches 2"
 FLAGS = {
     "shac.py": WINDOW,
@@ -36,79 +39,71 @@ def start(script: str, *args) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, script, *map(str, args)], cwd=ROOT, **streams)
 
 
-def violations(run: Path, end: int | None = None) -> tuple[list[str], int, int]:
-    """What is wrong with a run's files, the step of its checkpoint and that of its last row."""
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
-    text = (run / "metrics.csv").read_text()
-    steps = [int(row["global_step"] or -1) for row in csv.DictReader(text.splitlines())]
-    wrong = ["a torn line"] * (not text.endswith("\n") or any(None in r for r in csv.DictReader(text.splitlines())))
-    wrong += ["a gap or a step twice"] * (steps != list(range(STEP, STEP * len(steps) + 1, STEP)))
-    wrong += [f"{steps[-1] - saved} steps lost"] * (not 0 <= steps[-1] - saved <= SAVE)
-    wrong += ["a torn policy.pt2"] * ((run / "policy.pt2").exists() and not zipfile.is_zipfile(run / "policy.pt2"))
-    wrong += [f"ended at {saved}"] * (end is not None and saved != end)
-    return wrong, saved, steps[-1]
-
-
 def kill(process: subprocess.Popen, folder: Path, saving: bool) -> bool:
-    """At a random moment, or within a save after one; returns whether it was still running."""
-    begun, at, checkpoint = time.time(), random.uniform(0, 15), next(folder.glob("*/checkpoint.pt"), None)
-    while process.poll() is None and (not checkpoint or time.time() < begun + at):
-        time.sleep(0.01)
-        checkpoint = next(folder.glob("*/checkpoint.pt"), None)
-    while (
-        saving
-        and process.poll() is None
-        and not (checkpoint.stat().st_mtime > begun and list(folder.glob("*/tmp-[cp]*")))
-    ):
-        time.sleep(0.001)
-    time.sleep(random.uniform(0, 0.05) if saving else 0)
+    """At a random moment, once there is a checkpoint, or within a save; returns whether it was still running."""
+
+    def wait(until):
+        while process.poll() is None and not until():
+            time.sleep(0.001)
+
+    begun, delay = time.time(), random.uniform(0, 20)
+    if saving:
+        wait(lambda: any(p.stat().st_mtime > begun for p in folder.glob("*/checkpoint.pt")))
+        time.sleep(delay / 10)
+        wait(lambda: any(folder.glob(f"*/tmp-{random.choice(['checkpoint.pt', 'policy.pt2'])}")))
+        time.sleep(delay / 2000)
+    else:
+        wait(lambda: time.time() > begun + delay and any(folder.glob("*/checkpoint.pt")))
     alive = process.poll() is None
     process.kill()
     process.wait()
     return alive
 
 
+def look(run: Path, end: int | None = None) -> tuple[str, list[str], int]:
+    """What a run's files say, what is wrong with them, and the step of its checkpoint."""
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
+    text = (run / "metrics.csv").read_text()
+    steps = [int(row["global_step"] or -1) for row in csv.DictReader(text.splitlines())]
+    checks = {
+        "a torn line": text.endswith("\n") and len({line.count(",") for line in text.splitlines()}) == 1,
+        "a gap, or a step twice": steps == list(range(STEP, STEP * len(steps) + 1, STEP)),
+        "more lost than an interval": saved <= steps[-1] <= saved + SAVE,
+        "a torn policy.pt2": not (run / "policy.pt2").exists() or zipfile.is_zipfile(run / "policy.pt2"),
+        f"not ended at {end}": end in (None, saved),
+    }
+    return f"saved {saved}, last row {steps[-1]}", [what for what, right in checks.items() if not right], saved
+
+
 def main(kills: int = 20, seed: int = 1) -> int:
     random.seed(seed)
-    bad = 0
+    violations = 0
+
+    def tell(script: str, when: str, said: str, wrong: list[str]):
+        nonlocal violations
+        violations += len(wrong)
+        print(f"{script:15} {when:19} {said}: {', '.join(wrong) or 'ok'}", flush=True)
+
     with tempfile.TemporaryDirectory() as scratch:
-        temporary = Path(scratch) / "tmp"
-        temporary.mkdir()
-        os.environ["TMPDIR"] = str(temporary)
-        for i, script in enumerate(SCRIPTS):
+        os.environ["TMPDIR"] = f"{scratch}/temporary"
+        os.mkdir(os.environ["TMPDIR"])
+        for i, script in enumerate(SCRIPTS[:kills]):
             folder, run = Path(scratch) / script, None
-            args = [
-                "--no-compile",
-                "--env",
-                "cartpole",
-                *FLAGS[script].split(),
-                "--save-every",
-                SAVE,
-                "--eval-every",
-                0,
-            ]
-            args += ["--eval-episodes", 2, "--total-timesteps", 10**9, "--run-dir", folder]
             for number in range(i, kills, len(SCRIPTS)):
-                saving = number % 3 > 0
-                process = start(script, *(["--resume", run] if run else args))
+                fresh = [*SHARED.split(), *FLAGS[script].split(), "--run-dir", folder]
+                process, saving = start(script, *(["--resume", run] if run else fresh)), number % 3 > 0
                 alive = kill(process, folder, saving)
                 (run,) = folder.iterdir()
-                wrong, saved, last = violations(run)
-                wrong += [] if alive else [f"ended by itself: {process.stderr.read()[-200:]}"]
-                bad += bool(wrong)
-                moment = "while saving" if saving else "at any moment"
-                print(
-                    f"{script:16} {moment:13}: saved {saved}, last row {last}; {', '.join(wrong) or 'ok'}", flush=True
-                )
-            if run is not None:
-                process = start(script, "--resume", run, "--stop-after", saved // STEP + 15)
-                error = process.communicate()[1]
-                wrong = violations(run, saved + 15 * STEP)[0] + ([error[-200:]] if process.returncode else [])
-                bad += bool(wrong)
-                print(f"{script:16} resumed to its end: {', '.join(wrong) or 'ok'}", flush=True)
-        left = [p.name for p in temporary.iterdir()]
-    print(f"{kills} kills, {bad} violations; left in the temporary folder: {', '.join(left) or 'nothing'}")
-    return int(bool(bad or left))
+                said, wrong, saved = look(run)
+                wrong += [] if alive else [f"ended by itself, {process.stderr.read()[-200:]}"]
+                tell(script, "killed in a save" if saving else "killed", said, wrong)
+            process = start(script, "--resume", run, "--stop-after", saved // STEP + 15)
+            error = process.communicate()[1]
+            said, wrong, _ = look(run, saved + 15 * STEP)
+            tell(script, "resumed to its end", said, wrong + [error[-200:]] * bool(process.returncode))
+        left = os.listdir(os.environ["TMPDIR"])
+    print(f"{kills} kills, {violations} violations; left in the temporary folder: {', '.join(left) or 'nothing'}")
+    return int(bool(violations or left))
 
 
 if __name__ == "__main__":
