@@ -17,6 +17,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from diffsim import memory
 from diffsim.builder import SelfCollisionWarning, load_model
 from diffsim.model import Softness
 from diffsim.mujoco_physics import MujocoPhysics
@@ -53,6 +54,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
                 task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness()
             )
         self.mj_model, self.device, self.dtype = self.model.mj_model, self.model.device, dtype
+        memory.check(num_envs, 64 * (self.model.nq + self.model.nv) * dtype.itemsize, self.device)  # once they are made
         differentiable = partial(DiffsimPhysics, self.model, task.substeps, num_envs, compile)
         if physics == "mujoco":
             self.physics = MujocoPhysics(self.model, task.substeps, differentiable, task.own_integrator)

@@ -10,6 +10,8 @@ import base64
 import io
 import logging
 import operator
+import os
+import tempfile
 import warnings
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,10 +25,22 @@ WORDS = (torch.dtype, torch.memory_format, torch.layout)
 PYTHON = {f.__name__: f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
 
 
+def import_compiler():
+    """What optimizers and torch.export import: it makes a folder for what might be compiled, here one that exists."""
+    unset = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    import torch._dynamo.package
+    import torch._inductor.compiler_bisector  # noqa: F401
+
+    if unset:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
 def write_policy(policy: nn.Module, obs_dim: int, device, file, env: str = "", physics: str = ""):
     """`policy`: obs (B, obs_dim) -> action (B, act_dim), for any B. Raises ValueError, one line, for a policy that is
     no graph of PyTorch's core operations (one that branches on the values of its tensors, say)."""
     example, said, buffer = (torch.zeros(2, obs_dim, device=device),), io.StringIO(), io.BytesIO()
+    import_compiler()
     logging.disable(logging.CRITICAL)  # torch tells of a failure in three ways before it raises
     try:
         with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from diffsim.flags import fail, load, one_line_errors, script
+from diffsim import memory
+from diffsim.flags import explain, fail, load, one_line_errors, script
 from diffsim.play import record
-from diffsim.policy import write_policy
+from diffsim.policy import import_compiler, write_policy
 from diffsim.tasks import is_file
 
 
@@ -64,6 +65,10 @@ class Run:
         self.lap_start = self.shown = time.time()
         self.best = -inf  # return of the best evaluation
         self.interrupted, self.nonfinite = False, []  # nonfinite: tags of the last row
+        sys.excepthook = explain
+        import_compiler()
+        if args.device == "cpu":
+            memory.limit()
         random.seed(args.seed)
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
