@@ -258,6 +258,7 @@ if __name__ == "__main__":
             args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
             smoothing=args.smoothing, device=args.device, compile=args.compile,
         )  # fmt: skip
+        env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]

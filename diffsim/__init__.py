@@ -12,6 +12,7 @@ from diffsim.mjcf import UnsupportedError
 from diffsim.model import Model, Softness, load_model
 from diffsim.numpy_env import NumpyEnv
 from diffsim.tasks import TASKS, Task, default_physics, find_task, settings_of
+from diffsim.tasks.check import instance
 
 __version__ = "0.2.0"
 __all__ = [
@@ -44,7 +45,7 @@ def make(
         compile: compile diffsim's step, once for a robot, num_envs and softness.
     Raises ValueError, one line, for an unknown task, engine or device, and num_envs < 1.
     """
-    task = task() if isinstance(task, type) else task
+    task = task if isinstance(task, (str, Task)) else instance(task)
     physics = default_physics(task) if physics is None else physics
     if num_envs < 1:
         raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
