@@ -276,6 +276,7 @@ if __name__ == "__main__":
             args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
             smoothing=args.smoothing, device=args.device, compile=args.compile,
         )  # fmt: skip
+        env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -369,7 +370,7 @@ if __name__ == "__main__":
             "policy/std": new.stddev.mean(), "grad/action_norm": g_norm.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
-            "grad/nonfinite": nonfinite.sum(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
+            "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))

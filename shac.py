@@ -258,6 +258,7 @@ if __name__ == "__main__":
             args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
             smoothing=args.smoothing, device=args.device, compile=args.compile,
         )  # fmt: skip
+        env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -313,9 +314,9 @@ if __name__ == "__main__":
         policy_loss = -sum_of_starts(returns, *ends) / batch_size
         actor_optimizer.zero_grad()
         policy_loss.backward(inputs=list(actor.parameters()))
-        nonfinite = torch.cat([~torch.isfinite(p.grad).flatten() for p in actor.parameters()])
+        nonfinite = torch.cat([~torch.isfinite(p.grad).flatten() for p in actor.parameters()]).any()
         grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-        if not nonfinite.any():
+        if not nonfinite:
             actor_optimizer.step()
         window = {key: x.detach() for key, x in window.items()}
         inputs, entropy = normalizer(window["obs"]).flatten(0, 1), window["entropy"].mean()
@@ -348,7 +349,7 @@ if __name__ == "__main__":
             "losses/entropy_coef": entropy_coef, "policy/std": dist.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
-            "grad/nonfinite": nonfinite.sum(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
+            "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))

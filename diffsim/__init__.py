@@ -15,6 +15,7 @@ from diffsim.mjcf import UnsupportedError
 from diffsim.model import Model, Softness
 from diffsim.numpy_env import NumpyEnv
 from diffsim.tasks import TASKS, Task, default_physics, find_task, settings_of
+from diffsim.tasks.check import instance
 
 __version__ = "0.2.0"
 __all__ = [
@@ -47,7 +48,7 @@ def make(
         compile: compile diffsim's step, once for a robot, num_envs and softness.
     Raises ValueError, one line, for an unknown task, engine or device, and arguments of another kind or out of range.
     """
-    task = task() if isinstance(task, type) else task
+    task = task if isinstance(task, (str, Task)) else instance(task)
     physics = default_physics(task) if physics is None else physics
     for name, value, low, high in (("num_envs", num_envs, 1, 2**53), ("seed", seed, 0, 2**32 - 1)):
         if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:

@@ -1,6 +1,7 @@
 """The gradient contract: gradients of whole windows, resets, bad states, MuJoCo's engine behind the same task."""
 
 import math
+import warnings
 
 import gymnasium
 import numpy as np
@@ -207,6 +208,47 @@ def test_bad_arguments_are_one_line(kwargs, message):
     with pytest.raises(ValueError, match=message) as error:
         diffsim.make(**KW | kwargs)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("physics", ["diffsim", "mujoco"])
+@pytest.mark.parametrize(
+    "reward, warning",
+    [
+        (lambda s, q, v, a: q[0].detach() - v[0].square().detach(), "no gradient"),
+        (lambda s, q, v, a: (q[0] > 0).float() - 0.1 * a.square().sum(0), "no gradient"),  # of the cost only
+        (lambda s, q, v, a: torch.tensor([x.item() for x in q[0]]), "no gradient"),
+        (lambda s, q, v, a: torch.zeros(q.shape[1], requires_grad=True), "no gradient"),
+        (lambda s, q, v, a: (0 * v[0]).sqrt(), "is not finite in 3 of 3 environments"),
+        (lambda s, q, v, a: q[0], None),
+        (lambda s, q, v, a: v[1], None),
+    ],
+)
+def test_a_reward_without_gradient_is_warned_of(physics, reward, warning):
+    task = type("Mine", (diffsim.TASKS["cartpole"],), dict(reward=reward))
+    env = diffsim.make(task, 3, physics=physics, **KW)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        env.check_gradient(2)
+    said = [str(w.message) for w in caught]
+    assert len(said) == (warning is not None) and all("Mine.reward" in s and warning in s for s in said)
+
+
+@pytest.mark.parametrize("name", diffsim.TASKS)
+def test_rewards_of_all_tasks_have_a_gradient_and_looking_for_it_changes_nothing(name):
+    env = diffsim.make(name, 2, **KW)
+    before, rng = env.get_state(), torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env.check_gradient(12)
+    assert all(torch.equal(x, y) for x, y in zip(before.values(), env.get_state().values()))
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_a_reward_that_fails_on_tensors_with_a_gradient_is_one_line():
+    reward = lambda s, q, v, a: torch.from_numpy(-(q.numpy()[0] ** 2))  # noqa: E731
+    env = diffsim.make(type("Mine", (diffsim.TASKS["cartpole"],), dict(reward=reward)), 3, **KW)
+    with pytest.raises(ValueError, match=r"Mine.reward raised RuntimeError: Can't call numpy.*test_env.py:\d+\)$"):
+        env.check_gradient(2)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from diffsim.tasks.ant import Ant
 from diffsim.tasks.anymal import Anymal
 from diffsim.tasks.base import Task
 from diffsim.tasks.cartpole import Cartpole
+from diffsim.tasks.check import described, instance
 from diffsim.tasks.cheetah import Cheetah
 from diffsim.tasks.gymnasium_twins import AntV5, HalfCheetahV5, HopperV5, Walker2dV5
 from diffsim.tasks.hopper import Hopper
@@ -47,11 +48,11 @@ def find_task(name: str) -> Task:
     try:
         spec.loader.exec_module(module)
     except Exception as e:
-        raise ValueError(f"env '{name}': {file} does not import: {type(e).__name__}: {' '.join(str(e).split())}") from e
+        raise ValueError(f"env '{name}': {file} does not import: {described(e)}") from e
     task = getattr(module, cls, None)
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise ValueError(f"env '{name}': {file} has no class {cls} that derives from diffsim.Task")
-    return task()
+    return instance(task)
 
 
 def default_physics(task: str | Task) -> str:
