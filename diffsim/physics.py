@@ -9,6 +9,7 @@ import gc
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -106,8 +107,8 @@ def load_or_build(model: Model, num_envs: int):
                 if child is not None and child.wait():
                     raise RuntimeError("compiling the physics failed (see above); --no-compile runs without")
             finally:  # Ctrl-C reaches this process only: the child prints no traceback
-                if child is not None:
-                    child.terminate()
+                if child is not None and child.poll() is None:
+                    os.killpg(child.pid, signal.SIGTERM)  # and its compiler
         print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     return [_load(paths[kind]) for kind in KINDS]
 
