@@ -168,6 +168,8 @@ def load(path: str, flag: str = "--resume") -> dict:
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         checkpoint = torch.load(file, weights_only=True, map_location="cpu")
+        if not isinstance(checkpoint, dict):
+            raise TypeError
         by, _ = checkpoint["script"], checkpoint["args"]
     except FileNotFoundError:
         fail(f"{flag} {path}: no checkpoint.pt there")

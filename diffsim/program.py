@@ -6,7 +6,9 @@
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -40,13 +42,31 @@ def unwind(*_):
     sys.exit(130)
 
 
+def silence(failure):
+    """TensorBoard's thread that cannot write tells the main thread, too, which says so in one line."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
 def start():
     """First call of a program's main: Ctrl-C is one line, `| head` none, and stdout may be closed."""
     signal.signal(signal.SIGINT, unwind)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    threading.excepthook = silence
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+
+
+def name_glfw():
+    """MuJoCo imports glfw, which asks a child process for its version: that prints a traceback at Ctrl-C. A library
+    that is named is not asked."""
+    session = "wayland" if os.environ.get("XDG_SESSION_TYPE") == "wayland" else "x11"
+    glfw = find_spec("glfw")
+    library = Path(glfw.origin).parent / session / "libglfw.so" if glfw else Path()
+    if library.is_file():
+        os.environ.setdefault("PYGLFW_LIBRARY", str(library))
 
 
 if is_ours():  # until start()
     signal.signal(signal.SIGINT, end_at_once)
+    name_glfw()
