@@ -15,6 +15,7 @@ How a script uses it:
 import csv
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -327,5 +328,8 @@ class Run:
         try:
             yield
         except OSError as e:
-            kept = "the files of before are whole" if (self.folder / "checkpoint.pt").exists() else "nothing was saved"
-            fail(f"cannot write in {self.folder} ({e.strerror or e}); {kept}", code=1)
+            reason, kept = e.strerror or e, (self.folder / "checkpoint.pt").exists()
+            with suppress(OSError):  # torch does not say that a disk is full
+                reason = f"{reason}; {shutil.disk_usage(self.folder).free // 10**6} MB are free"
+            kept = "the files of before are whole" if kept else "no checkpoint is there"
+            fail(f"cannot write in {self.folder} ({reason}): {kept}", code=1)

@@ -650,7 +650,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_old_checkpoint(fails, still, mo
     err = capsys.readouterr().err.strip()
     assert err.startswith(f"idea.py: cannot write in {run.folder} (") and said in err and "\n" not in err
     if fails == "gone":
-        assert err.endswith("nothing was saved") and not run.folder.exists()
+        assert err.endswith("no checkpoint is there") and not run.folder.exists()
     else:
         assert err.endswith("the files of before are whole") and not list(run.folder.glob("tmp-*"))
         assert (run.folder / "checkpoint.pt").read_bytes() == before
