@@ -32,7 +32,7 @@ from diffsim.flags import Count, Fraction, Layers, Natural, Norm, Number, Rate, 
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, run_dir, capture_video: diffsim/flags.py
+    # device, compile, num_threads, save_every, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, path/to/my_task.py:MyTask, or any Gymnasium id"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None

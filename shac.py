@@ -36,7 +36,7 @@ from diffsim.flags import Count, Decay, Fraction, Layers, Natural, Norm, Number,
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, run_dir, capture_video: diffsim/flags.py
+    # device, compile, num_threads, save_every, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
