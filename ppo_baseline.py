@@ -13,6 +13,7 @@ MuJoCo's physics, and on any Gymnasium environment of continuous actions.
     python -m diffsim.play runs/ant__ppo_baseline__1__<time>      # returns, and --video ant.mp4
 """
 
+import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +22,6 @@ import torch
 import torch.nn as nn
 from torch.distributions import Normal
 
-import diffsim
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
@@ -32,7 +32,7 @@ from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, R
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, run_dir, capture_video: diffsim/flags.py
+    # device, compile, num_threads, save_every, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, path/to/my_task.py:MyTask, or any Gymnasium id"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None

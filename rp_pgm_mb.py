@@ -16,6 +16,7 @@ and replay buffer are soft actor-critic's (Haarnoja et al. 2018, arXiv 1812.0590
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
 """
 
+import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
 import copy
 import math
 from dataclasses import dataclass, replace
@@ -28,7 +29,6 @@ from torch.distributions import Normal
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-import diffsim
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.replay import ReplayBuffer
@@ -40,7 +40,7 @@ from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, R
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, stop_after, resume, run_dir, capture_video: diffsim/flags.py
+    # device, compile, num_threads, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
     env: str = "Hopper-v5"
     """environment: a Gymnasium id, a diffsim task (see `python -m diffsim`), or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None

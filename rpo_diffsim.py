@@ -15,6 +15,7 @@ rpo_continuous_action.py, which is Robust Policy Optimization.
     python -m diffsim.play runs/ant__rpo_diffsim__1__<time>  # returns, and --video ant.mp4
 """
 
+import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
 import copy
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ import torch
 import torch.nn as nn
 from torch.distributions import Normal, kl_divergence
 
-import diffsim
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
@@ -35,7 +35,7 @@ from diffsim.flags import Clip, Count, Decay, Few, Fraction, Layers, Natural, No
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, run_dir, capture_video: diffsim/flags.py
+    # device, compile, num_threads, save_every, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None

@@ -15,6 +15,7 @@ ICLR 2025, arXiv 2412.12089). With several updates of a window it is RPO: `diff 
     python -m diffsim.play runs/ant__shac__1__<time>         # returns, and --video ant.mp4
 """
 
+import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
 import copy
 import math
 from collections import defaultdict
@@ -25,7 +26,6 @@ import torch
 import torch.nn as nn
 from torch.distributions import Normal
 
-import diffsim
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
@@ -36,7 +36,7 @@ from diffsim.flags import Count, Decay, Few, Fraction, Layers, Natural, Norm, Nu
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, run_dir, capture_video: diffsim/flags.py
+    # device, compile, num_threads, save_every, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None

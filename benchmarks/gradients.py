@@ -13,12 +13,16 @@ is a step without derivative in the simulator: "true" does not see it, "mfg" doe
 """
 
 import copy
+import signal
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import pandas as pd
 import torch
@@ -167,4 +171,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    diffsim.program.start()
     main(tyro.cli(Args))

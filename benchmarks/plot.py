@@ -6,10 +6,14 @@
 Runs that differ in their seed are one curve: mean and range.
 """
 
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib.pyplot as plt
 import numpy as np

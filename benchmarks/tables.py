@@ -5,9 +5,13 @@ with one line, if a table is not what the CSVs say.
 """
 
 import re
+import signal
 import sys
 from functools import cache, partial
 from pathlib import Path
+
+if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import pandas as pd

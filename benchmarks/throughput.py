@@ -4,9 +4,13 @@ Rows are added to throughput.csv in --results as they come (`--results benchmark
 about a minute for each new batch size.
 """
 
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import mujoco
 import numpy as np
@@ -58,6 +62,7 @@ def window(env, actions, backward: bool) -> float:
 
 
 if __name__ == "__main__":
+    diffsim.program.start()
     args = tyro.cli(Args)
     path = args.results / "throughput.csv"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ the folder has are left out, so the same command goes on where it was stopped.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+
+if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import pandas as pd
@@ -177,4 +181,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    diffsim.program.start()
     main(tyro.cli(Args))

@@ -1,5 +1,6 @@
 """A small differentiable rigid-body simulator in PyTorch, and environments on it."""
 
+import diffsim.program  # isort: skip  # noqa: F401  before torch: Ctrl-C in our programs is one line from now on
 import math
 from functools import partial
 from numbers import Integral, Real

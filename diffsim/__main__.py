@@ -1,8 +1,10 @@
 """python -m diffsim: the environments."""
 
 import diffsim
+from diffsim.program import start
 
 if __name__ == "__main__":
+    start()
     print(f"{'env':14s} {'obs':>4s} {'act':>4s} {'control step':>13s} {'substeps':>9s} {'episode':>8s}  physics")
     for name, task in diffsim.TASKS.items():
         env = diffsim.make(name, compile=False)

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
 
 import diffsim
 from diffsim.physics import CacheError
+from diffsim.program import start
 from diffsim.tasks import is_file
 
 
@@ -55,9 +57,11 @@ class RunArgs:
     save_every: Count = 250_000
     """environment steps between checkpoints"""
     stop_after: Count | None = None
-    """stop after this many iterations, and save: --resume goes on"""
+    """stop after this many iterations since the run began, and save: --resume goes on"""
     resume: str | None = None
-    """run folder or checkpoint.pt to continue, with the arguments it was started with"""
+    """run folder or checkpoint.pt to continue, with its arguments; another --total-timesteps lengthens the run"""
+    init_from: str | None = None
+    """run folder or checkpoint.pt of this script whose networks and normalisers a new run begins with"""
     run_dir: str = "runs"
     """where the run folder is made"""
     capture_video: bool = False
@@ -69,22 +73,19 @@ def script() -> str:
     return Path(sys.argv[0]).stem
 
 
-def fail(message: str):
-    """One clear line for bad input."""
+def fail(message: str, code: int = 2):
+    """One clear line for bad input; code 1: for what goes wrong later."""
     print(f"{script()}.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 @contextmanager
 def one_line_errors():
-    """Bad input that shows while environments are made, or Ctrl-C there, ends the program with one line."""
+    """Bad input that shows while environments are made ends the program with one line."""
     try:
         yield
     except ValueError as e:
         fail(str(e))
-    except KeyboardInterrupt:
-        print("\ninterrupted before the first step: nothing to save", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def explain(kind, error, traceback):
@@ -107,22 +108,56 @@ def bounds(hint) -> list[Bound]:
     return own + [b for inner in get_args(hint) for b in bounds(inner)]
 
 
+def check_bounds(args):
+    """Raises ValueError, one line, for a flag out of its bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        for bound in bounds(hint) if value is not None else ():
+            if not all(bound.low <= x <= bound.high for x in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {bound.words}")
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is of the type of a flag; what a checkpoint holds need not be."""
+    origin, kinds = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(value, kinds[0])
+    if origin is Literal:
+        return value in kinds
+    if origin in (Union, UnionType):
+        return any(fits(value, kind) for kind in kinds)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(x, kinds[0]) for x in value)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def of_checkpoint(Args, flag: str, path: str):
+    """The arguments of the run that left a checkpoint. Those of another version end the program with one line."""
+    args = load(path, flag)["args"]
+    hints = get_type_hints(Args, include_extras=True)
+    if not isinstance(args, dict) or set(args) != set(hints):
+        differ = ", ".join(map(str, set(args) ^ set(hints))) if isinstance(args, dict) else "no flags"
+        fail(f"{flag} {path}: a checkpoint of another version of {script()}.py ({differ})")
+    if wrong := [name for name, hint in hints.items() if not fits(args[name], hint)]:
+        fail(f"{flag} {path}: not a readable checkpoint ({wrong[0]} is {args[wrong[0]]!r})")
+    return Args(**args)
+
+
 def parse(Args, defaults: dict):
     """Arguments from the command line, over the settings of the task, over those of the dataclass Args.
 
     `defaults` names settings by task ("ant"), task and engine ("ant on mujoco") or engine ("on gymnasium"); a task in a
-    file has those of the task that it derives from. With --resume they are the run's own, which no flag may change.
+    file has those of the task that it derives from. With --resume they are the run's own, of which a flag may change
+    total_timesteps only.
     """
+    start()
     for key, settings in defaults.items():
         if unknown := set(settings) - {f.name for f in fields(Args)}:
             fail(f'DEFAULTS["{key}"] sets {", ".join(sorted(unknown))}, which is no field of Args')
     argv = [a for a in sys.argv[1:] if a not in ("-h", "--help")]  # so that --help shows the task's settings
     args = tyro.cli(Args, args=argv)
     if args.resume is not None:
-        try:
-            default = replace(Args(**load(args.resume)["args"]), resume=args.resume, stop_after=None)
-        except (KeyError, TypeError):
-            fail(f"--resume {args.resume}: a checkpoint of another version of {script()}.py")
+        default = replace(of_checkpoint(Args, "--resume", args.resume), resume=args.resume, stop_after=None)
         if is_file(default.env) and args.env != default.env:
             fail(f"--resume {args.resume}: a run on code in a file; if you trust that file: --env {default.env}")
     else:
@@ -134,26 +169,35 @@ def parse(Args, defaults: dict):
             settings |= defaults.get(key, {})
         default = replace(args, physics=physics, **settings)
     final = tyro.cli(Args, default=default)
-    for key, hint in get_type_hints(Args, include_extras=True).items():
-        value, flag = getattr(final, key), f"--{key.replace('_', '-')}"
-        if args.resume is not None and key != "stop_after" and value != getattr(default, key):
-            fail(f"{flag} is {value}, the run has {getattr(default, key)}: resuming keeps its arguments")
-        for bound in bounds(hint) if value is not None else ():
-            if not all(bound.low <= x <= bound.high for x in (value if isinstance(value, tuple) else (value,))):
-                fail(f"{flag} is {value}; it must be {bound.words}")
+    if args.resume is not None:
+        for key, value in vars(final).items():
+            if key not in ("stop_after", "total_timesteps") and value != getattr(default, key):
+                flag = f"--{key.replace('_', '-')}"
+                fail(f"{flag} is {value}, the run has {getattr(default, key)}: resuming keeps its arguments")
+    with one_line_errors():
+        check_bounds(final)
+    if args.init_from is not None and args.resume is None:
+        load(args.init_from, "--init-from")
     return final
 
 
-def load(path: str) -> dict:
+def run_folder(path: str) -> Path:
+    """Of a run folder or its checkpoint.pt."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def load(path: str, flag: str = "--resume") -> dict:
     """The checkpoint.pt of a run folder. Whatever else is there ends the program with one line."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         checkpoint = torch.load(file, weights_only=True, map_location="cpu")
-        by = checkpoint["script"]
+        if not isinstance(checkpoint, dict):
+            raise TypeError
+        by, _ = checkpoint["script"], checkpoint["args"]
     except FileNotFoundError:
-        fail(f"--resume {path}: no checkpoint.pt there")
+        fail(f"{flag} {path}: no checkpoint.pt there")
     except Exception as e:
-        fail(f"--resume {file}: not a readable checkpoint ({type(e).__name__})")
+        fail(f"{flag} {file}: not a readable checkpoint ({type(e).__name__})")
     if by != script():
-        fail(f"--resume {path}: a checkpoint of {by}.py")
+        fail(f"{flag} {path}: a checkpoint of {by}.py")
     return checkpoint

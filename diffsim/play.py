@@ -13,10 +13,12 @@ import tyro
 import diffsim
 from diffsim.builder import without_margins
 from diffsim.dynamics import contact_points
+from diffsim.flags import Bound, Seed, check_bounds
 from diffsim.gymnasium_env import GymnasiumEnv
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.physics import compiled_batches
 from diffsim.policy import read_policy
+from diffsim.program import start
 from diffsim.render import check_path, render
 from diffsim.tasks import is_file
 
@@ -29,9 +31,9 @@ class Args:
     """environment (default: the one it was trained on, which must be named here if it is a file: its code runs)"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
     """engine to run on (default: the one it was trained on); gymnasium: gymnasium.make of that id itself"""
-    episodes: int = 10
+    episodes: Annotated[int, Bound(1, 10_000, "between 1 and 10,000")] = 10
     """episodes to average"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the initial states"""
     video: str | None = None
     """write the first episode as .mp4, and a strip of frames beside it as .png"""
@@ -178,10 +180,10 @@ def record(run: Path, video: Path):
 
 
 def main():
+    start()
     args = tyro.cli(Args)
     try:
-        if args.episodes < 1:
-            raise ValueError(f"--episodes is {args.episodes}; it must be at least 1")
+        check_bounds(args)
         if args.video:
             check_path(args.video)
         policy = read_policy(args.policy)
@@ -199,7 +201,7 @@ def main():
             ("saturation", ""),
         ):  # fmt: skip
             x = result.get(key)
-            if x is None:
+            if x is None or (key == "speed" and not env.task.runs):
                 continue
             print(f"{key:16s} {x.mean():10.3f} +- {x.std():.3f}   [{x.min():.3f}, {x.max():.3f}] {unit}")
         if args.video:

@@ -19,9 +19,17 @@ STRIP = slice(125, 385), slice(165, 475)  # their rows and columns
 
 
 def check_path(path: str | Path):
-    """Raises ValueError, one line, for a video that is not .mp4."""
-    if Path(path).suffix != ".mp4":
+    """Makes the folder of a video. Raises ValueError, one line, for one that is not .mp4 or cannot be written."""
+    path = Path(path)
+    if path.suffix != ".mp4":
         raise ValueError(f"cannot write {path}: the video must be an .mp4")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            open(path, "ab").close()
+    except OSError as e:
+        raise ValueError(f"cannot write {path}: {e.strerror}") from None
 
 
 def render(mj_model: mujoco.MjModel, qpos: np.ndarray, control_dt: float, path: str):
@@ -31,7 +39,6 @@ def render(mj_model: mujoco.MjModel, qpos: np.ndarray, control_dt: float, path: 
     """
     check_path(path)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
     with tempfile.TemporaryDirectory() as folder:
         binary, frames = os.path.join(folder, "model.mjb"), os.path.join(folder, "qpos.npy")

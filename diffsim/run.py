@@ -16,10 +16,12 @@ import csv
 import io
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from collections import defaultdict, deque
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from math import inf
 from pathlib import Path
@@ -29,12 +31,15 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from diffsim import memory
-from diffsim.flags import explain, fail, load, one_line_errors, script
+from diffsim.flags import explain, fail, load, one_line_errors, run_folder, script
 from diffsim.play import record
 from diffsim.policy import import_compiler, write_policy
+from diffsim.program import tell, unwind
+from diffsim.run_files import COLUMNS, config, make_folder, read_rows, try_folder
 from diffsim.tasks import is_file
 
 PATIENCE = 20  # rows without one finite gradient; then the run stops
+OF_A_RUN = "temperature", "return_scale"  # parts that depend on a run's flags and rewards: --init-from leaves them out
 
 
 def process_start() -> float:
@@ -77,71 +82,115 @@ class Run:
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
         torch.set_num_threads(args.num_threads)
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # see _say
+        flag, self.folder = "--run-dir", Path(args.run_dir)
+        if args.resume is not None:
+            flag, self.folder = "--resume", run_folder(args.resume)
+        try:
+            try_folder(self.folder)  # before anything is compiled
+        except OSError as e:
+            fail(f"{flag} {self.folder}: cannot write there ({e.strerror})")
 
     def restore(self, policy: torch.nn.Module, env, **parts):
         """Checkpoints hold env and `parts`, all with state_dict and load_state_dict; `policy` is what is exported."""
         self.policy, self.env, self.parts, rows = policy, env, dict(env=env, **parts), []
         if self.args.capture_video and env.mj_model is None:
             fail(f"--capture-video: {self.args.env} does not run on MuJoCo")
-        if self.args.resume is None:
-            name = f"{self.args.env.split(':')[-1].lower()}__{script()}__{self.args.seed}"
-            self.folder = Path(self.args.run_dir) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-        else:
-            resume = Path(self.args.resume)
-            self.folder = resume if resume.is_dir() else resume.parent
+        if self.args.resume is not None:
             rows = self._load(load(self.args.resume))
+        elif self.args.init_from is not None:
+            self._init_from(load(self.args.init_from, "--init-from"))
+        self.end = self._find_end()
         with one_line_errors():  # what cannot be exported is not trained for an hour first
             write_policy(policy, env.single_observation_space.shape[0], env.device, io.BytesIO())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._rewrite(list(rows[0]) if rows else ["iteration", "global_step", "wall_time_s"], rows)
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step or None)
-        table = "\n".join(f"|{k}|{v}|" for k, v in asdict(self.args).items())
-        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        with self._writing():
+            if self.args.resume is None:
+                name = f"{self.args.env.split(':')[-1].lower()}__{script()}__{self.args.seed}"
+                self.folder = make_folder(self.folder / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+            text = config(self.args, script(), self.iteration, self.folder / "config.json")
+            self._atomic(lambda path: path.write_text(text), "config.json")
+            self._rewrite(list(rows[0]) if rows else COLUMNS, rows)
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step or None)
+            table = "\n".join(f"|{k}|{v}|" for k, v in asdict(self.args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         own = [f"{f.name}={v}" for f in fields(self.args) if (v := getattr(self.args, f.name)) != f.default]
-        print(f"{self.folder}: {self.total - self.iteration} iterations to go; {' '.join(own)}", flush=True)
+        more = f", {self.total - self.end} more after --stop-after" if self.end < self.total else ""
+        self._say(f"{self.folder}: {self.end - self.iteration} iterations to go{more}; {' '.join(own)}")
+
+    def _find_end(self) -> int:
+        """The iteration before which this process stops. Ends the program with one line where none is to go."""
+        flag, stop = f"--resume {self.args.resume}", self.args.stop_after
+        if self.total < self.iteration:
+            fail(f"--total-timesteps comes to {self.total} iterations, {flag} has done {self.iteration}")
+        if self.iteration == self.total:
+            self._say(f"{flag} is complete, {self.global_step} steps: a larger --total-timesteps lengthens it")
+            raise SystemExit(0)
+        if stop is not None and stop <= self.iteration:
+            fail(f"--stop-after is {stop}, {flag} has done {self.iteration} iterations of {self.total}")
+        return min(self.total, stop or self.total)
+
+    def _init_from(self, checkpoint: dict):
+        """Networks and normalisers of another run; optimisers, counters and environments are new."""
+        for name, part in self.parts.items():
+            if hasattr(part, "parameters") and name not in OF_A_RUN:
+                try:
+                    part.load_state_dict(checkpoint[name])
+                except (KeyError, RuntimeError, TypeError, AttributeError):
+                    fail(f"--init-from {self.args.init_from}: its {name} does not fit: it was made for other "
+                         "observations, actions or layers")  # fmt: skip
 
     def _load(self, checkpoint: dict) -> list[dict]:
         """The state of a checkpoint; returns the rows of metrics.csv up to it."""
+        name, total = "iteration", getattr(self.args, "total_timesteps", None)
         if missing := [name for name in self.parts if name not in checkpoint]:
             fail(f"--resume {self.folder}: a checkpoint of another version, without {', '.join(missing)}")
-        for name, part in self.parts.items():
-            try:
+        try:
+            self.iteration, self.global_step = checkpoint["iteration"], checkpoint["global_step"]
+            if type(self.iteration) is not int or self.global_step != self.iteration * self.steps:
+                raise ValueError
+            for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-            except (KeyError, RuntimeError, ValueError):
-                fail(f"--resume {self.folder}: its {name} does not fit, so the task or the script is another version")
+            name = "state of the run"
+            torch.set_rng_state(checkpoint["rng"])
+            self.best = checkpoint["best"] + 0.0
+            self.recent.extend((r + 0.0, length + 0) for r, length in checkpoint["recent"])  # they are numbers
+            self.sums.update({tag: x + 0 for tag, x in checkpoint["sums"].items()})
+            self.means.update({tag: [x.to(self.env.device) for x in xs] for tag, xs in checkpoint["means"].items()})
+            self.start -= checkpoint["wall_time_s"]
+            before = checkpoint["args"].get("total_timesteps")
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            fail(f"--resume {self.folder}: its {name} does not fit, so the task or the script is another version")
         if bad := self._nonfinite_tensors():
             fail(f"--resume {self.folder}: its {bad[0]} is not finite")
-        torch.set_rng_state(checkpoint["rng"])
-        self.iteration, self.global_step = checkpoint["iteration"], checkpoint["global_step"]
-        self.best = checkpoint["best"]
-        self.recent.extend(checkpoint["recent"])
-        self.sums.update(checkpoint["sums"])
-        self.means.update({tag: [x.to(self.env.device) for x in xs] for tag, xs in checkpoint["means"].items()})
-        self.start -= checkpoint["wall_time_s"]
-        if not (self.folder / "metrics.csv").exists():
-            return []
-        with open(self.folder / "metrics.csv") as f:
-            return [row for row in csv.DictReader(f) if int(row["global_step"]) <= self.global_step]
+        if total != before and self.total > self.iteration:
+            done, of_before = (f"{self.global_step / steps:.0%}" for steps in (total, before))
+            said = f"--total-timesteps {total}, was {before}: {done} of the run are done, were {of_before}"
+            self._say(f"{said}; learning rates that fall over a run go by that share")
+        with one_line_errors():
+            return read_rows(self.folder / "metrics.csv", self.global_step)
 
     def __iter__(self):
-        end = min(self.total, self.args.stop_after or self.total)
         signal.signal(signal.SIGINT, self._interrupt)
-        while self.iteration < end and not self.interrupted:
+        while self.iteration < self.end and not self.interrupted:
             self.global_step += self.steps
             self.lap_start = time.time()
             yield self.iteration
             evaluated = self.numbers.get("eval/episodic_return", -inf)
-            if self.numbers:
-                self._write_row()
-                self._stop_at_nan()
-            if evaluated > self.best:
-                self.best = evaluated
-                self._save_policy("policy_best.pt2")
-            self.iteration += 1
-            if self.passed(self.args.save_every):
-                self.save()
-        self.save()
-        self.writer.close()
+            with self._writing():
+                if self.numbers:
+                    self._write_row()
+                    self._stop_at_nan()
+                if evaluated > self.best:
+                    self.best = evaluated
+                    self._save_policy("policy_best.pt2")
+                self.iteration += 1
+                if self.passed(self.args.save_every):
+                    self.save()
+        with self._writing():
+            self.save()
+            self.writer.close()
+        signal.signal(signal.SIGINT, unwind)
         self._say_last_words()
 
     def _stop_at_nan(self):
@@ -178,23 +227,32 @@ class Run:
     def _interrupt(self, *_):
         """Ctrl-C lets the iteration finish, so that what is saved can be resumed bit for bit; twice: at once."""
         if self.interrupted:
-            sys.exit(130)
+            unwind()
         self.interrupted = True
-        os.write(2, b"\nfinishing this iteration; Ctrl-C again: at once, unsaved\n")  # print may have been interrupted
+        tell("finishing this iteration; Ctrl-C again: at once, unsaved")
 
     def _say_last_words(self):
         python = os.path.relpath(sys.executable)
         named = f" --env {self.args.env}" if is_file(self.args.env) else ""  # its code runs: see README
-        print(end="\n" if sys.stdout.isatty() else "")  # after the bar
+        self._say("", end="\n" if sys.stdout.isatty() else "")  # after the bar
         if self.iteration < self.total:
             said = "interrupted and saved" if self.interrupted else "saved"
-            print(f"{said}; continue with: {python} {script()}.py --resume {self.folder}{named}", flush=True)
+            self._say(f"{said}; continue with: {python} {sys.argv[0]} --resume {self.folder}{named}")
             sys.exit(130 if self.interrupted else 0)
         if self.args.capture_video:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
         video = "" if self.env.mj_model is None else f" --video {self.folder / 'video.mp4'}"
-        print(f"done; watch it: {python} -m diffsim.play {self.folder}{named}{video}", flush=True)
+        self._say(f"done; watch it: {python} -m diffsim.play {self.folder}{named}{video}")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python cleans up, too, no traceback
+
+    def _say(self, text: str, end: str = "\n"):
+        """A line on stdout. When nobody reads it any more (`| head`), the run is saved and ends, as after Ctrl-C."""
+        try:
+            print(text, end=end, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.interrupted = True
 
     @property
     def last(self) -> bool:
@@ -287,7 +345,7 @@ class Run:
             bar = f"\r[{'#' * int(20 * share):<20}] " if tty else ""
             text = "  ".join(f"{column(t)} {x:.0f}" for t, x in numbers.items() if t.endswith(("_return", "SPS")))
             end = "\n" if evaluated or not tty else ""
-            print(f"{bar}step {self.global_step:>9,}  {text}  {wall:.0f} s", end=end, flush=True)
+            self._say(f"{bar}step {self.global_step:>9,}  {text}  {wall:.0f} s", end=end)
 
     # --- files ----------------------------------------------------------------------------------------------------
     def save(self):
@@ -311,5 +369,22 @@ class Run:
     def _atomic(self, write, name: str):
         """A file is there whole, or as it was before."""
         temporary = self.folder / f"tmp-{name}"
-        write(temporary)
-        os.replace(temporary, self.folder / name)
+        try:
+            write(temporary)
+            os.replace(temporary, self.folder / name)
+        except (OSError, RuntimeError) as e:  # torch says with a RuntimeError that a disk is full
+            with suppress(OSError):
+                temporary.unlink()
+            raise OSError(getattr(e, "errno", 0), getattr(e, "strerror", None) or str(e).split("\n")[0]) from e
+
+    @contextmanager
+    def _writing(self):
+        """A disk that is full, or a folder that is gone, ends the run with one line."""
+        try:
+            yield
+        except OSError as e:
+            reason, kept = e.strerror or e, (self.folder / "checkpoint.pt").exists()
+            with suppress(OSError):  # torch does not say that a disk is full
+                reason = f"{reason}; {shutil.disk_usage(self.folder).free // 10**6} MB are free"
+            kept = "the files of before are whole" if kept else "no checkpoint is there"
+            fail(f"cannot write in {self.folder} ({reason}): {kept}", code=1)

@@ -3,14 +3,16 @@
 import ast
 import csv
 import importlib
+import io
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import get_args, get_type_hints
 
 import pytest
@@ -188,7 +190,7 @@ GIVEN = {
 def test_every_flag_can_be_given(script, tmp_path):
     """Each is taken, is in the checkpoint, may be repeated with --resume, and may not be changed."""
     Args, given = module(script).Args, GIVEN[script] | dict(run_dir=str(tmp_path))
-    assert set(given) == {f.name for f in fields(Args)} - {"resume", "stop_after"}
+    assert set(given) == {f.name for f in fields(Args)} - {"resume", "stop_after", "init_from"}
     same = {f.name for f in fields(Args) if f.default is not MISSING and given.get(f.name, MISSING) == f.default}
     assert same <= {"device", "num_threads", "capture_video"}
     args = []
@@ -201,7 +203,7 @@ def test_every_flag_can_be_given(script, tmp_path):
     run_script(script, *args, "--stop-after", iterations - 1)
     run = the_run(tmp_path)
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert {k: v for k, v in saved["args"].items() if k not in ("resume", "stop_after")} == given
+    assert {k: v for k, v in saved["args"].items() if k not in ("resume", "stop_after", "init_from")} == given
     run_script(script, *args, "--resume", run, "--stop-after", iterations)
     assert int(rows(tmp_path)[-1]["iteration"]) == iterations - 1
     with pytest.raises(SystemExit):
@@ -294,13 +296,29 @@ def test_bad_checkpoints_are_one_line(script, tmp_path, refused, monkeypatch):
     assert "not a readable checkpoint" in refused(script, "--resume", file)
     torch.save(dict(args=dict(env="ant")), file)  # as versions before this one wrote it
     assert "not a readable checkpoint" in refused(script, "--resume", tmp_path)
-    torch.save(dict(script=name), file)
-    assert "checkpoint" in refused(script, "--resume", tmp_path)
-    torch.save(dict(script=name, args=dict(env="ant", softness=1.0)), file)
-    assert f"a checkpoint of another version of {script}" in refused(script, "--resume", tmp_path)
+    for wrong in (dict(script=name), torch.zeros(3), "text", None):
+        torch.save(wrong, file)
+        for flag in ("--resume", "--init-from"):
+            assert f"{flag} {file}: not a readable checkpoint" in refused(script, flag, tmp_path)
     torch.save(dict(script="idea", args={}), file)
-    assert "a checkpoint of idea.py" in refused(script, "--resume", tmp_path)
-    torch.save(dict(script=name, args=dict(env="cartpole", physics="diffsim", compile=False, num_envs=2)), file)
+    for flag in ("--resume", "--init-from"):
+        assert f"{flag} {tmp_path}: a checkpoint of idea.py" in refused(script, flag, tmp_path)
+    args = asdict(module(script).Args(env="cartpole", physics="diffsim", compile=False, num_envs=2))
+    version = f"a checkpoint of another version of {script}"
+    for wrong, message in (
+        (args | dict(softness=1.0), f"{version} (softness)"),
+        ({k: v for k, v in args.items() if k != "gamma"}, f"{version} (gamma)"),
+        ([1], f"{version} (no flags)"),
+        (args | dict(gamma="high"), "(gamma is 'high')"),
+        (args | dict(num_envs=2.5), "(num_envs is 2.5)"),
+        (args | dict(actor_hidden=64), "(actor_hidden is 64)"),
+        (args | dict(physics="bullet"), "(physics is 'bullet')"),
+        (args | dict(compile=1), "(compile is 1)"),
+        (args | dict(num_envs=-1), "--num-envs is -1"),
+    ):
+        torch.save(dict(script=name, args=wrong), file)
+        assert message in refused(script, "--resume", tmp_path)
+    torch.save(dict(script=name, args=args), file)
     assert "--env is ant, the run has cartpole" in refused(script, "--resume", tmp_path, "--env", "ant")
     assert "--seed is 3, the run has 1" in refused(script, "--resume", tmp_path, "--seed", 3)
     assert "a checkpoint of another version, without" in refused(script, "--resume", tmp_path)
@@ -371,14 +389,11 @@ def test_a_killed_and_an_interrupted_run_go_on(tmp_path):
     assert len(rows(tmp_path)) == done + 1
 
 
-def test_ctrl_c_while_environments_are_made_is_one_line(monkeypatch, capsys, tmp_path):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(diffsim, "make", interrupted)
+def test_ctrl_c_while_environments_are_made_is_one_line(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(diffsim, "make", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     with pytest.raises(AssertionError, match="130"):
         run_script("shac.py", *small("shac.py", run_dir=tmp_path))
-    assert capsys.readouterr().err.strip() == "interrupted before the first step: nothing to save"
+    assert capfd.readouterr().err.strip() == "interrupted"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -411,7 +426,9 @@ def test_a_run_that_is_done_stays_done(arm, tmp_path):
     flags = small("shac.py", arm, tmp_path, total_timesteps=8)
     run_script("shac.py", *flags)
     before = rows(tmp_path)
-    assert "0 iterations to go" in run_script("shac.py", "--resume", the_run(tmp_path)) and rows(tmp_path) == before
+    said = run_script("shac.py", "--resume", the_run(tmp_path)).strip()
+    assert said == f"--resume {the_run(tmp_path)} is complete, 8 steps: a larger --total-timesteps lengthens it"
+    assert rows(tmp_path) == before
 
 
 # --- diffsim/run.py alone -----------------------------------------------------------------------------------------
@@ -443,7 +460,8 @@ def still(tmp_path, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
 
     def make(iterations=4, **flags):
-        run, part = Run(Flags(run_dir=str(tmp_path), save_every=10**6, **flags), iterations, 10), Still()
+        part = Still()
+        run = Run(Flags(**dict(run_dir=str(tmp_path), save_every=10**6) | flags), iterations, 10)
         run.restore(part, part, part=part)
         return run
 
@@ -524,6 +542,134 @@ def test_a_resumed_run_forgets_the_rows_after_its_checkpoint(still):
     assert [r["kl"] for r in table(again)] == ["1.0"] * 2 + ["2.0"] * 4
     walls = [float(r["wall_time_s"]) for r in table(again)]
     assert walls == sorted(walls) and walls[0] > 1e6
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(iteration="2"), "iteration"), (dict(iteration=-1), "iteration"), (dict(global_step=25), "iteration"),
+        (dict(part=3), "part"), (dict(part={}), "part"), (dict(rng=None), "state of the run"),
+        (dict(recent=[1]), "state of the run"), (dict(sums=dict(a="b")), "state of the run"),
+        (dict(wall_time_s="long"), "state of the run"), (dict(means=dict(a=[1])), "state of the run"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_with_wrong_contents_is_one_line(wrong, message, still, capsys):
+    run = still(stop_after=2)
+    with pytest.raises(SystemExit):
+        for _ in run:
+            run.log({"losses/kl": 1.0})
+    file = run.folder / "checkpoint.pt"
+    torch.save(torch.load(file, weights_only=True) | wrong, file)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        still(resume=str(file))
+    said = capsys.readouterr().err.strip()
+    assert f"its {message} does not fit" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "line, change",
+    [
+        (1, lambda text: ""), (1, lambda text: "x" + text), (2, lambda text: text.replace("\n0,", "\n0,,")),
+        (2, lambda text: text.replace("0,10,", "0,ten,")), (3, lambda text: text.replace("1,20,", "1,5,")),
+        (3, lambda text: text[:-20]),
+    ],
+)  # fmt: skip
+def test_a_metrics_csv_that_was_edited_is_one_line(line, change, still, capsys):
+    run = still(stop_after=2)
+    with pytest.raises(SystemExit):
+        for _ in run:
+            run.log({"losses/kl": 1.0, "losses/longer_than_twenty_characters": 0.123456789012})
+    file = run.folder / "metrics.csv"
+    text = file.read_text()
+    file.write_text(change(text))
+    assert file.read_text() != text
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        still(resume=str(run.folder))
+    said = capsys.readouterr().err.strip()
+    assert f"line {line} of {file} is not this run's; mend it, or move the file away" in said and "\n" not in said
+    file.rename(run.folder / "away")
+    assert table(still(resume=str(run.folder))) == []
+
+
+def test_iterations_to_go_are_those_until_stop_after(still, capsys):
+    run = still(5, stop_after=2)
+    assert "2 iterations to go, 3 more after --stop-after; " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        for _ in run:
+            run.log({})
+    still(5, resume=str(run.folder), stop_after=4)
+    assert "2 iterations to go, 1 more after --stop-after; " in capsys.readouterr().out
+    still(5, resume=str(run.folder))
+    assert "3 iterations to go; " in capsys.readouterr().out
+    for total, stop, message in ((5, 2, "--stop-after is 2, "), (1, None, "--total-timesteps comes to 1 iterations, ")):
+        with pytest.raises(SystemExit, match="2"):
+            still(total, resume=str(run.folder), stop_after=stop)
+        assert f"{message}--resume {run.folder} has done 2" in capsys.readouterr().err
+
+
+def test_runs_of_the_same_second_have_a_folder_each(still, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    assert [still().folder.name.rpartition("__")[2] for _ in range(3)] == [
+        "20260101-000000", "20260101-000000-2", "20260101-000000-3"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", ["torch", "disk", "gone"])
+def test_a_disk_that_is_full_is_one_line_and_the_old_checkpoint(fails, still, monkeypatch, capsys):
+    run = still(4)
+    steps = iter(run)
+    next(steps)
+    run.log({"losses/kl": 1.0})
+    run.save()
+    before = (run.folder / "checkpoint.pt").read_bytes()
+    if fails == "torch":  # as torch.save says it
+        said = "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file"
+
+        def full(state, path):
+            path.write_bytes(b"half of it")
+            raise RuntimeError(f"{said}\nframe #0")
+
+        monkeypatch.setattr(torch, "save", full)
+    elif fails == "disk":
+        said = "No space left on device"
+
+        def full(self, row):
+            raise OSError(28, said)
+
+        monkeypatch.setattr(csv.DictWriter, "writerow", full)
+    else:
+        said = ""
+        shutil.rmtree(run.folder)
+    run.args.save_every = 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        next(steps)
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"idea.py: cannot write in {run.folder} (") and said in err and "\n" not in err
+    if fails == "gone":
+        assert err.endswith("no checkpoint is there") and not run.folder.exists()
+    else:
+        assert err.endswith("the files of before are whole") and not list(run.folder.glob("tmp-*"))
+        assert (run.folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_reader_of_stdout_that_leaves_ends_the_run_saved(still, monkeypatch, tmp_path):
+    run = still(4)
+    with open(tmp_path / "stdout", "w") as file:
+
+        class Gone(io.StringIO):
+            fileno = file.fileno
+
+            def write(self, text):
+                raise BrokenPipeError
+
+        monkeypatch.setattr(sys, "stdout", Gone())
+        with pytest.raises(SystemExit, match="130"):
+            for _ in run:
+                run.log({"losses/kl": 1.0})
+    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["iteration"] == 1
 
 
 def test_saves_and_evaluations_are_due_once_an_interval(still):

@@ -24,6 +24,7 @@ class Task:
     max_episode_steps = 1000  # control steps; then the episode is truncated
     physics = "diffsim"  # engine that runs it unless another is asked for
     own_integrator = False  # on MuJoCo's physics: the MJCF's integrator, not Euler
+    runs = False  # along x, for a reward: its speed is of interest
     warn_of_self_collision = True  # links never touch each other; say so where MuJoCo's would
 
     def reset(self, model, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,7 @@ class FloatingRunner(Task):
     the base's z axis with up and of its x axis with the way to run, previous action.
     """
 
+    runs = True
     warn_of_self_collision = False  # the papers' tasks have none
     start_height: float
     start_joints: tuple[float, ...]
@@ -107,6 +109,7 @@ class FloatingRunner(Task):
 class PlanarRunner(Task):
     """A robot in the x-z plane (qpos: x, height, pitch, joints) that runs along x; observes all but x."""
 
+    runs = True
     warn_of_self_collision = False
     noise = 0.05  # of initial positions
     speed_noise = 0.05

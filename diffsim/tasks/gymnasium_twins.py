@@ -18,6 +18,7 @@ class GymnasiumTwin(Task):
 
     physics = "mujoco"
     own_integrator = True
+    runs = True
     warn_of_self_collision = False
     gymnasium_kwargs: dict = {}  # of gymnasium.make
     frame_skip: int
