@@ -11,10 +11,15 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
+
+def _names(enum, prefix: str) -> dict[int, str]:
+    return {int(v): k.removeprefix(prefix).lower() for k, v in enum.__members__.items() if k.startswith(prefix)}
+
+
 JOINT = {0: "free", 1: "ball", 2: "slide", 3: "hinge"}  # mujoco.mjtJoint
-GEOM = {int(v): k[7:].lower() for k, v in mujoco.mjtGeom.__members__.items()}
-TRANSMISSION = {int(v): k[6:].lower() for k, v in mujoco.mjtTrn.__members__.items()}
-BIAS = {int(v): k[7:].lower() for k, v in mujoco.mjtBias.__members__.items()}
+GEOM = _names(mujoco.mjtGeom, "mjGEOM_")
+TRANSMISSION = _names(mujoco.mjtTrn, "mjTRN_")
+BIAS = _names(mujoco.mjtBias, "mjBIAS_")
 
 # By the first part of an array's name: what is simulated or has a check of its own; what follows from other arrays;
 # and what only measures or is drawn.
@@ -44,8 +49,8 @@ OPTIONS = (
     "sdf_initpoints sdf_iterations sleep_tolerance magnetic o_margin o_solref o_solimp o_friction"
 ).split()
 FLAGS = (  # what they switch is simulated, refused in any case, or moves nothing
-    "CONSTRAINT EQUALITY FRICTIONLOSS LIMIT CONTACT SPRING DAMPER GRAVITY ACTUATION REFSAFE "
-    "WARMSTART SENSOR MIDPHASE AUTORESET NATIVECCD MULTICCD ISLAND ENERGY FWDINV INVDISCRETE"
+    "constraint equality frictionloss limit contact spring damper gravity actuation refsafe "
+    "warmstart sensor midphase autoreset nativeccd multiccd island energy fwdinv invdiscrete"
 ).split()
 # Where an array is not called as in MJCF, or something else would work: (what, instead).
 LEAVE = "leave it out"
@@ -153,6 +158,8 @@ def _check_options(m, no):
         no("a fluid (option density, viscosity)")
     for field in (f for f in dir(opt) if not f.startswith("_")):
         value = getattr(opt, field)
+        if callable(value):
+            continue
         if field not in OPTIONS and not np.array_equal(value, getattr(plain, field)):
             no(f"option {field}")
         if not np.isfinite(value).all():
@@ -160,17 +167,19 @@ def _check_options(m, no):
     if opt.timestep <= 0:
         no(f"option timestep = {opt.timestep}", "give seconds > 0")
     for bits, flags, state in (
-        (opt.disableflags, mujoco.mjtDisableBit, "disable"), (opt.enableflags, mujoco.mjtEnableBit, "enable")
-    ):  # fmt: skip
-        known = {int(bit): name[7:] for name, bit in flags.__members__.items() if "BL_" in name}
+        (opt.disableflags, _names(mujoco.mjtDisableBit, "mjDSBL_"), "disable"),
+        (opt.enableflags, _names(mujoco.mjtEnableBit, "mjENBL_"), "enable"),
+    ):
         for bit in (1 << i for i in range(32) if bits >> i & 1):
-            if known.get(bit) not in FLAGS:
-                no(f"option flag {known.get(bit, bit).lower()}={state}")
+            if flags.get(bit) not in FLAGS:
+                no(f"option flag {flags.get(bit, bit)}={state}")
 
 
 def _check_joints(m, no):
     for i in range(m.njnt):
-        kind = JOINT[m.jnt_type[i]]
+        kind = JOINT.get(m.jnt_type[i])
+        if kind is None:
+            no(f"the type of {label(m, 'joint', i)}", f"use {', '.join(JOINT.values())}")
         if kind in ("free", "ball") and m.jnt_stiffness[i]:
             no(f"stiffness of {kind} {label(m, 'joint', i)}")
         if kind == "ball" and m.jnt_limited[i]:
@@ -215,7 +224,7 @@ def _check_contacts(m, no):
             no(f"contact of {label(m, 'geom', moving)} ({GEOM[m.geom_type[moving]]})", "use sphere, capsule or box")
     for geom in dict.fromkeys(g for pair in touching for g in pair):
         for field in ("gap", "surfacevel", "adhesion"):
-            if np.any(getattr(m, f"geom_{field}", 0)[geom]):
+            if hasattr(m, f"geom_{field}") and getattr(m, f"geom_{field}")[geom].any():
                 no(f"{field} of {label(m, 'geom', geom)}")
         if m.geom_condim[geom] > 3:
             no(f"condim {m.geom_condim[geom]} of {label(m, 'geom', geom)}", "use 3, sliding friction, or 1, none")

@@ -176,7 +176,7 @@ REFUSED_ELEMENTS = [
             '</actuator>', "transmission"),
     ("end", '<extension><plugin plugin="mujoco.pid"/></extension><actuator><plugin plugin="mujoco.pid" joint="hinge">'
             '<config key="kp" value="1"/></plugin></actuator>', "plugin"),
-    ("end", '<option integrator="discrete"><flag ipc="enable"/></option>', "flag ipc"),
+    ("end", '<option integrator="discrete" solver="CG"><flag ipc="enable"/></option>', "flag ipc"),
 ]  # fmt: skip
 
 
@@ -292,6 +292,10 @@ def test_what_is_not_listed_is_refused(monkeypatch):
     monkeypatch.setattr(mjcf, "OPTIONS", [f for f in mjcf.OPTIONS if f != "gravity"])
     with pytest.raises(diffsim.UnsupportedError, match="option gravity is not supported"):
         load(robot("option", "gravity 0 0 1"))
+    m = load(robot()).mj_model
+    m.opt.enableflags |= 1 << 30
+    with pytest.raises(diffsim.UnsupportedError, match=f"option flag {1 << 30}=enable is not supported"):
+        mjcf.check(m, "robot")
 
 
 def test_contact_is_where_mujoco_sees_it():
