@@ -209,3 +209,17 @@ def test_only_gradients_through_physics_warn_of_a_reward_without_one(script, tmp
             runpy.run_path(str(ROOT / script), run_name="__main__")
     said = [str(w.message) for w in caught if "no gradient of Flat.reward" in str(w.message)]
     assert len(said) == (2 if script in WINDOWS else 0)
+
+
+def test_a_policy_of_finite_parameters_whose_action_is_not(run, monkeypatch):
+    log = Run.log
+
+    def poisoned(self, numbers):
+        if self.iteration == 6:
+            self.parts["actor"].state_dict()["mean.0.bias"].uniform_(0, 3e38)
+        log(self, numbers)
+
+    monkeypatch.setattr(Run, "log", poisoned)
+    code, said, folder = run(SHAC)
+    assert code == 1 and "iteration 6: the policy's action is not finite" in said[-1], said
+    assert_good(folder)
