@@ -104,7 +104,7 @@ def load_or_build(model: Model, num_envs: int):
                 return None
             return _load(entry, model.device)
     except (OSError, RuntimeError) as e:
-        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        why = getattr(e, "strerror", None) or str(e).partition("\n")[0]
         where = f"compiled physics cannot be kept in {entry.parent}: {why}"
         raise CacheError(f"{where}; set DIFFSIM_CACHE to another folder, or use --no-compile") from None
 
@@ -121,7 +121,10 @@ def compiler_error() -> str | None:
     if not shutil.which(compiler):
         return f"no C++ compiler ({compiler})"
     command = [compiler, "-x", "c++", "-", "-fsyntax-only"]
-    tried = subprocess.run(command, input="#include <cmath>", capture_output=True, text=True, errors="replace")
+    try:
+        tried = subprocess.run(command, input="#include <cmath>", capture_output=True, text=True, errors="replace")
+    except OSError as e:  # such as an empty file
+        return f"the C++ compiler {compiler} cannot be run ({e.strerror})"
     return f"the C++ compiler {compiler} fails{_reason(tried)}" if tried.returncode else None
 
 
