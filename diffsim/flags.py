@@ -90,14 +90,14 @@ def one_line_errors():
 
 def explain(kind, error, traceback):
     """sys.excepthook of a run: what a machine cannot do is one line, too; all else is a bug, with its traceback."""
-    text = str(error).splitlines()[0] if str(error) else ""
+    text, bar = str(error).partition("\n")[0], "\n" if sys.stdout.isatty() else ""  # to be ended
     said = ("can't allocate", "out of memory", "bad_alloc", "Storage size calculation overflowed")
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(x in text for x in said):
         asked = f" ({text.split('DefaultCPUAllocator: ')[-1].split('. Error code')[0]})" if text else ""
         fewer = "fewer --num-envs, a shorter window, smaller networks or buffers need less"
-        print(f"\n{script()}.py: out of memory{asked}: {fewer}", file=sys.stderr)
+        print(f"{bar}{script()}.py: out of memory{asked}: {fewer}", file=sys.stderr)
     elif isinstance(error, CacheError):
-        print(f"\n{script()}.py: {error}", file=sys.stderr)
+        print(f"{bar}{script()}.py: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

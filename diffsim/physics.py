@@ -139,7 +139,10 @@ def compiler_error() -> str | None:
     if not shutil.which(compiler):
         return f"no C++ compiler ({compiler})"
     command = [compiler, "-x", "c++", "-", "-fsyntax-only"]
-    tried = subprocess.run(command, input="#include <cmath>", capture_output=True, text=True, errors="replace")
+    try:
+        tried = subprocess.run(command, input="#include <cmath>", capture_output=True, text=True, errors="replace")
+    except OSError as e:  # such as an empty file
+        return f"the C++ compiler {compiler} cannot be run ({e.strerror})"
     return f"the C++ compiler {compiler} fails{_reason(tried)}" if tried.returncode else None
 
 

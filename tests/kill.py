@@ -1,10 +1,8 @@
 """kill -9 at random moments: every run goes on, with nothing lost but what was not yet saved.
 
-    python -m tests.kill            # 20 kills over the four scripts, a few minutes; exits 1 on a violation
-    python -m tests.kill 4 7        # four kills, at the moments of seed 7
-
-A script is started, killed, resumed, killed again, ... and resumed to its end. Every third kill comes at any moment
-since the process began, the others while a file is being saved.
+`python -m tests.kill [kills=20] [seed=1]` takes a few minutes and exits 1 on a violation. Each script is started,
+killed, resumed, killed again, ... and resumed to its end. Every third kill comes at any moment since the process began,
+the others while a file is being saved.
 """
 
 import csv
@@ -22,21 +20,16 @@ import torch
 from tests import ROOT, SCRIPTS
 
 STEP, SAVE = 4, 40  # environment steps of a row of metrics.csv, and between checkpoints
-SHARED = (
-    f"--no-compile --env cartpole --save-every {SAVE} --eval-every 0 --eval-episodes 2 --total-timesteps 1000000000"
-)
-WINDOW = "--num-envs 2 --horizon 2 --critic-epochs 1 --critic-minibatches 2"
-FLAGS = {
-    "shac.py": WINDOW,
-    "rpo_diffsim.py": WINDOW,
+SHARED = f"--no-compile --env cartpole --save-every {SAVE} --eval-every 0 --eval-episodes 2 --total-timesteps 100000000"
+FLAGS = dict.fromkeys(SCRIPTS[:2], "--num-envs 2 --horizon 2 --critic-epochs 1 --critic-minibatches 2") | {
     "ppo_baseline.py": "--num-envs 2 --num-steps 2 --num-minibatches 2",
     "rp_pgm_mb.py": "--num-envs 4 --learning-starts 16 --model-warmup 20 --batch-size 4 --log-every 4",
 }
 
 
-def start(script: str, *args) -> subprocess.Popen:
+def start(*command) -> subprocess.Popen:
     streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, script, *map(str, args)], cwd=ROOT, **streams)
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, **streams)
 
 
 def kill(process: subprocess.Popen, folder: Path, saving: bool) -> bool:
@@ -54,10 +47,8 @@ def kill(process: subprocess.Popen, folder: Path, saving: bool) -> bool:
         time.sleep(delay / 2000)
     else:
         wait(lambda: time.time() > begun + delay and any(folder.glob("*/checkpoint.pt")))
-    alive = process.poll() is None
     process.kill()
-    process.wait()
-    return alive
+    return process.wait() == -9
 
 
 def look(run: Path, end: int | None = None) -> tuple[str, list[str], int]:
@@ -77,11 +68,10 @@ def look(run: Path, end: int | None = None) -> tuple[str, list[str], int]:
 
 def main(kills: int = 20, seed: int = 1) -> int:
     random.seed(seed)
-    violations = 0
+    violations: list[str] = []
 
     def tell(script: str, when: str, said: str, wrong: list[str]):
-        nonlocal violations
-        violations += len(wrong)
+        violations.extend(wrong)
         print(f"{script:15} {when:19} {said}: {', '.join(wrong) or 'ok'}", flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -97,12 +87,11 @@ def main(kills: int = 20, seed: int = 1) -> int:
                 said, wrong, saved = look(run)
                 wrong += [] if alive else [f"ended by itself, {process.stderr.read()[-200:]}"]
                 tell(script, "killed in a save" if saving else "killed", said, wrong)
-            process = start(script, "--resume", run, "--stop-after", saved // STEP + 15)
-            error = process.communicate()[1]
+            error = (process := start(script, "--resume", run, "--stop-after", saved // STEP + 15)).communicate()[1]
             said, wrong, _ = look(run, saved + 15 * STEP)
             tell(script, "resumed to its end", said, wrong + [error[-200:]] * bool(process.returncode))
         left = os.listdir(os.environ["TMPDIR"])
-    print(f"{kills} kills, {violations} violations; left in the temporary folder: {', '.join(left) or 'nothing'}")
+    print(f"{kills} kills, {len(violations)} violations; left in the temporary folder: {', '.join(left) or 'nothing'}")
     return int(bool(violations or left))
 
 
