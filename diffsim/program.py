@@ -3,6 +3,7 @@
 `import diffsim` takes seconds and comes first in a program, so it asks `is_ours` and is quiet from there on.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -14,9 +15,9 @@ from pathlib import Path
 
 def is_ours() -> bool:
     """Whether `python -m diffsim...` runs, or a script that has its flags from diffsim.flags: not a notebook."""
-    _, _, module = " ".join(sys.orig_argv).partition(" -m ")
-    if sys.argv[:1] == ["-m"]:
-        return module.split(" ")[0].split(".")[0] == "diffsim"
+    if sys.argv[:1] == ["-m"]:  # until the module is found
+        module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+        return module.split(".")[0] == "diffsim"
     file = getattr(sys.modules["__main__"], "__file__", None)
     with suppress(OSError):
         return bool(file) and b"\nfrom diffsim.flags import" in Path(file).read_bytes()
@@ -51,6 +52,7 @@ def silence(failure):
 def start():
     """First call of a program's main: Ctrl-C is one line, `| head` none, and stdout may be closed."""
     signal.signal(signal.SIGINT, unwind)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # no traceback from Python's own cleaning up
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     threading.excepthook = silence
