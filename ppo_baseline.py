@@ -27,7 +27,7 @@ from diffsim.play import Evaluator
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Count, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Args(RunArgs):
     """seed of the networks, the noise and the environments"""
     num_envs: Count = 256
     """environments simulated side by side"""
-    num_steps: Count = 32
+    num_steps: Few = 32
     """T, steps of each environment in a batch"""
     total_timesteps: Count = 4_000_000
     """environment steps over all environments"""
@@ -59,7 +59,7 @@ class Args(RunArgs):
     """lambda of the advantages"""
     num_minibatches: Count = 4
     """minibatches of an epoch"""
-    update_epochs: Count = 5
+    update_epochs: Few = 5
     """passes over a batch"""
     norm_adv: bool = True
     """normalise the advantages of a minibatch"""
@@ -89,7 +89,7 @@ class Args(RunArgs):
     """initial log standard deviation of the policy's noise"""
     eval_every: Natural = 500_000
     """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Count = 64
+    eval_episodes: Few = 64
     """episodes of an evaluation (at most num_envs on diffsim)"""
     eval_physics: bool = False
     """evaluate on the other engine too"""

@@ -35,7 +35,7 @@ from diffsim.replay import ReplayBuffer
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Count, Fraction, Layers, Natural, Norm, Number, Rate, Seed  # bounds
+from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, Rate, Ratio, Seed  # bounds
 
 
 @dataclass
@@ -57,15 +57,15 @@ class Args(RunArgs):
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
-    power_iterations: Count = 5
+    power_iterations: Few = 5
     """power iterations of the spectral normalisation in an update"""
     learning_starts: Count = 1_000
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
-    update_ratio: Rate = 1.0
+    update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
-    model_updates: Count = 1
+    model_updates: Few = 1
     """updates of the model in such an update (the paper: 4)"""
     policy_frequency: Count = 2
     """updates of model and critic to one of the policy"""
@@ -107,7 +107,7 @@ class Args(RunArgs):
     """initial log standard deviation of the policy, before the tanh; always kept between -5 and 2"""
     eval_every: Natural = 10_000
     """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Count = 10
+    eval_episodes: Few = 10
     """episodes of an evaluation (at most num_envs on diffsim)"""
     log_every: Count = 1_000
     """environment steps between rows of metrics.csv"""

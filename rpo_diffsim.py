@@ -30,7 +30,7 @@ from diffsim.play import Evaluator
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Clip, Count, Decay, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Clip, Count, Decay, Few, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
@@ -48,13 +48,13 @@ class Args(RunArgs):
     """seed of the networks, the noise and the environments"""
     num_envs: Count = 256
     """environments simulated side by side (SHAC's paper: 64, RPO's 128 on Ant)"""
-    horizon: Count = 12
+    horizon: Few = 12
     """H, control steps of a window, through which gradients flow (the paper: 32)"""
     total_timesteps: Count = 2_500_000
     """environment steps over all environments"""
     stagger: bool = True
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
-    update_epochs: Count = 5
+    update_epochs: Few = 5
     """M, policy updates on a window's action-gradients; 1 makes it SHAC"""
     num_minibatches: Count = 1
     """minibatches of such an epoch"""
@@ -90,9 +90,9 @@ class Args(RunArgs):
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
     """share of the target critics that is kept at each update"""
-    num_critics: Count = 2
+    num_critics: Few = 2
     """critics, whose mean is the value"""
-    critic_epochs: Count = 16
+    critic_epochs: Few = 16
     """passes over the window to fit the critics"""
     critic_minibatches: Count = 4
     """minibatches of such a pass"""
@@ -108,7 +108,7 @@ class Args(RunArgs):
     """let the policy's noise depend on the observation"""
     eval_every: Natural = 500_000
     """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Count = 64
+    eval_episodes: Few = 64
     """episodes of an evaluation (at most num_envs on diffsim)"""
     eval_physics: bool = False
     """evaluate on the other engine too"""
@@ -276,6 +276,7 @@ if __name__ == "__main__":
             args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
             smoothing=args.smoothing, device=args.device, compile=args.compile,
         )  # fmt: skip
+        env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -369,7 +370,7 @@ if __name__ == "__main__":
             "policy/std": new.stddev.mean(), "grad/action_norm": g_norm.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
-            "grad/nonfinite": nonfinite.sum(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
+            "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))

@@ -31,7 +31,7 @@ from diffsim.play import Evaluator
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Count, Decay, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Count, Decay, Few, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Args(RunArgs):
     """seed of the networks, the noise and the environments"""
     num_envs: Count = 256
     """environments simulated side by side (SHAC's paper: 64, RPO's 128 on Ant)"""
-    horizon: Count = 12
+    horizon: Few = 12
     """H, control steps of a window, through which gradients flow (the paper: 32)"""
     total_timesteps: Count = 2_500_000
     """environment steps over all environments"""
@@ -77,11 +77,11 @@ class Args(RunArgs):
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
     """share of the target critics that is kept at each update"""
-    num_critics: Count = 2
+    num_critics: Few = 2
     """critics (the paper: one); the policy bootstraps with their mean, the TD(lambda) targets with their minimum"""
     target_critic: bool = True
     """bootstrap with a copy of the critics that follows them slowly"""
-    critic_epochs: Count = 16
+    critic_epochs: Few = 16
     """passes over the window to fit the critics"""
     critic_minibatches: Count = 4
     """minibatches of such a pass"""
@@ -103,7 +103,7 @@ class Args(RunArgs):
     """learning rate of the temperature"""
     eval_every: Natural = 500_000
     """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Count = 64
+    eval_episodes: Few = 64
     """episodes of an evaluation (at most num_envs on diffsim)"""
     eval_physics: bool = False
     """evaluate on the other engine too"""
@@ -258,6 +258,7 @@ if __name__ == "__main__":
             args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
             smoothing=args.smoothing, device=args.device, compile=args.compile,
         )  # fmt: skip
+        env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -313,9 +314,9 @@ if __name__ == "__main__":
         policy_loss = -sum_of_starts(returns, *ends) / batch_size
         actor_optimizer.zero_grad()
         policy_loss.backward(inputs=list(actor.parameters()))
-        nonfinite = torch.cat([~torch.isfinite(p.grad).flatten() for p in actor.parameters()])
+        nonfinite = torch.cat([~torch.isfinite(p.grad).flatten() for p in actor.parameters()]).any()
         grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-        if not nonfinite.any():
+        if not nonfinite:
             actor_optimizer.step()
         window = {key: x.detach() for key, x in window.items()}
         inputs, entropy = normalizer(window["obs"]).flatten(0, 1), window["entropy"].mean()
@@ -348,7 +349,7 @@ if __name__ == "__main__":
             "losses/entropy_coef": entropy_coef, "policy/std": dist.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
-            "grad/nonfinite": nonfinite.sum(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
+            "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))

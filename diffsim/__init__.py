@@ -1,18 +1,22 @@
 """A small differentiable rigid-body simulator in PyTorch, and environments on it."""
 
 import diffsim.program  # isort: skip  # noqa: F401  before torch: Ctrl-C in our programs is one line from now on
+import math
 from functools import partial
+from numbers import Integral, Real
 
 import gymnasium
 import torch
 
+from diffsim.builder import load_model
 from diffsim.dynamics import bias_force, contact_force, mass_matrix, step
 from diffsim.env import DiffEnv
 from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
 from diffsim.mjcf import UnsupportedError
-from diffsim.model import Model, Softness, load_model
+from diffsim.model import Model, Softness
 from diffsim.numpy_env import NumpyEnv
 from diffsim.tasks import TASKS, Task, default_physics, find_task, settings_of
+from diffsim.tasks.check import instance
 
 __version__ = "0.2.0"
 __all__ = [
@@ -43,27 +47,37 @@ def make(
         stiffness, smoothing: of the contacts that the gradient goes through, see Softness. None: diffsim's own, and
             softer, smoother ones (0.6, 3) with mujoco, where they decide nothing but the gradient.
         compile: compile diffsim's step, once for a robot, num_envs and softness.
-    Raises ValueError, one line, for an unknown task, engine or device, and num_envs < 1.
+    Raises ValueError, one line, for an unknown task, engine or device, and arguments of another kind or out of range.
     """
-    task = task() if isinstance(task, type) else task
+    task = task if isinstance(task, (str, Task)) else instance(task)
     physics = default_physics(task) if physics is None else physics
-    if num_envs < 1:
-        raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
+    for name, value, low, high in (("num_envs", num_envs, 1, 2**53), ("seed", seed, 0, 2**32 - 1)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r}; it must be an integer between {low} and {high}")
+    for name, value in (("stiffness", stiffness), ("smoothing", smoothing)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf):
+            raise ValueError(f"{name} is {value!r}; it must be a number above 0, and finite")
+    if not isinstance(compile, bool):
+        raise ValueError(f"compile is {compile!r}; it must be True or False")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype!r}; it must be torch.float32 or torch.float64")
     if physics not in PHYSICS:
         raise ValueError(f"unknown physics '{physics}'; there is {', '.join(PHYSICS)}")
     try:
-        available = torch.device(device).type != "cuda" or torch.cuda.is_available()
-    except RuntimeError:
-        raise ValueError(f"unknown device '{device}'; use cpu or cuda") from None
-    if not available:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = None
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device '{device}' was asked for, but torch finds no CUDA here; use --device cpu")
     if physics == "gymnasium":
         if not isinstance(task, str) or not is_gymnasium_id(task):
             raise ValueError(f"{task} is no Gymnasium environment; use physics diffsim or mujoco")
-        if torch.device(device).type != "cpu":
+        if kind != "cpu":
             raise ValueError(f"Gymnasium's environments run on the cpu, not on {device}")
         twin = TASKS.get(task)
         return GymnasiumEnv(task, num_envs, seed, **(twin.gymnasium_kwargs if twin else {}))
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device '{device}'; use cpu or cuda")
     if isinstance(task, str):
         task = find_task(task)
     usual_stiffness, usual_smoothing = (0.6, 3.0) if physics == "mujoco" else (Softness.stiffness, 1.0)

@@ -17,11 +17,14 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from diffsim.model import SelfCollisionWarning, Softness, load_model
+from diffsim import memory
+from diffsim.builder import SelfCollisionWarning, load_model
+from diffsim.model import Softness
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.numpy_env import NumpyVectorEnv
 from diffsim.physics import DiffsimPhysics
 from diffsim.tasks import Task
+from diffsim.tasks.check import check_methods, check_settings, reward_method
 
 EXPLODED = 1e3  # m/s or rad/s: no robot here comes near it
 
@@ -42,6 +45,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         dtype: torch.dtype = torch.float32,
         softness: Softness | None = None,
     ):
+        check_settings(task)
         self.task, self.num_envs = task, num_envs
         self.control_dt, self.substeps, self.max_episode_steps = task.control_dt, task.substeps, task.max_episode_steps
         timestep = task.control_dt / task.substeps
@@ -52,6 +56,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
                 task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness()
             )
         self.mj_model, self.device, self.dtype = self.model.mj_model, self.model.device, dtype
+        memory.check(num_envs, 64 * (self.model.nq + self.model.nv) * dtype.itemsize, self.device)  # once they are made
+        obs_dim = check_methods(task, self.model)  # before anything is compiled
         differentiable = partial(DiffsimPhysics, self.model, task.substeps, num_envs, compile)
         if physics == "mujoco":
             self.physics = MujocoPhysics(self.model, task.substeps, differentiable, task.own_integrator)
@@ -62,41 +68,16 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self._ctrl_mid = torch.where(free, 0.0, (low + high) / 2)
         self._ctrl_half = torch.where(free, 1.0, (high - low) / 2)
         self._generator = torch.Generator(device=self.device).manual_seed(seed)
-        obs_dim, qpos, qvel = self._try_task()
         box = gymnasium.spaces.Box
         self.single_observation_space = box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.single_action_space = box(-1.0, 1.0, (self.model.nu,), np.float32)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
-        self._starts = [qpos[:, :0], qvel[:, :0]]
+        self._starts = [torch.zeros(n, 0, device=self.device, dtype=dtype) for n in (self.model.nq, self.model.nv)]
         self._start(*self._fresh(num_envs))
 
-    def _try_task(self) -> tuple[int, Tensor, Tensor]:
-        """Size of an observation, and two initial states. Raises ValueError, one line, for a method that is missing or
-        returns another shape."""
-        task, m, name = self.task, self.model, type(self.task).__name__
-
-        def check(method: str, x, *shape):
-            if not isinstance(x, Tensor) or x.shape != shape:
-                found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-                raise ValueError(f"{name}.{method} returned {found} for 2 environments, expected the shape {shape}")
-
-        try:
-            qpos, qvel = task.reset(m, 2, torch.Generator(device=self.device).manual_seed(0))
-            check("reset", qpos, m.nq, 2)
-            check("reset", qvel, m.nv, 2)
-            action = qpos.new_zeros(m.nu, 2)
-            obs = task.observe(qpos, qvel, action)
-            check("observe", obs, obs.shape[0] if isinstance(obs, Tensor) and obs.dim() else 0, 2)
-            check("reward", task.transition_reward(qpos, qpos, qvel, action), 2)
-            check("terminated", ends := task.terminated(qpos, qvel), 2)
-            if ends.dtype != torch.bool:
-                raise ValueError(f"{name}.terminated returned {ends.dtype}, expected torch.bool")
-        except NotImplementedError as e:
-            raise ValueError(f"{name} does not define {e}: see diffsim.Task") from None
-        return obs.shape[0], qpos, qvel
-
     # --- episodes -------------------------------------------------------------------------------------------
+    @torch.no_grad()
     def _fresh(self, count: int):
         """Initial states, drawn by the batch: a task's reset costs as much for one environment as for all."""
         if self._starts[0].shape[1] < count:
@@ -192,6 +173,40 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         """Cut the graph, as at the start of a window; returns the current observation without gradient."""
         self.qpos, self.qvel, self.last_action = self.qpos.detach(), self.qvel.detach(), self.last_action.detach()
         return self._observe(self.qpos, self.qvel, self.last_action)
+
+    def check_gradient(self, steps: int):
+        """Warn where the reward of the next `steps` steps has no gradient in the actions by way of the physics, or none
+        that is finite. A cost of the actions themselves does not count. The state stays as it is.
+
+        Raises ValueError, one line, for a method of the task that fails on tensors that carry a gradient.
+        """
+        check_methods(self.task, self.model, differentiable=True)
+        name = f"{type(self.task).__name__}.{reward_method(self.task)}"
+        generator, shape = torch.Generator(device=self.device).manual_seed(0), (steps, self.model.nu, self.num_envs)
+        actions = torch.rand(shape, generator=generator, device=self.device, dtype=self.dtype) - 0.5
+        actions.requires_grad_()
+        qpos, qvel = self.qpos.detach(), self.qvel.detach()
+        for action in actions:
+            before = qpos
+            qpos, qvel = self.physics.step(qpos, qvel, self.ctrl(action))
+            reward = self.task.transition_reward(before, qpos, qvel, action.detach())
+            if reward.requires_grad:
+                (gradient,) = torch.autograd.grad(reward.sum(), actions, retain_graph=True, allow_unused=True)
+                if gradient is not None and gradient.any():
+                    break
+        else:
+            warnings.warn(
+                f"no gradient of {name} reaches the actions through {steps} steps of physics: only the critic's does. "
+                "A detach, a comparison, .item()? (ppo_baseline.py needs none)",
+                stacklevel=2,
+            )
+            return
+        if bad := int((~torch.isfinite(gradient)).any(0).any(0).sum()):
+            warnings.warn(
+                f"the gradient of {name} in the actions is not finite in {bad} of {self.num_envs} environments. "
+                "A sqrt or norm at 0, an acos at 1, a division by 0?",
+                stacklevel=2,
+            )
 
     def numpy(self) -> gymnasium.vector.VectorEnv:
         """This environment on NumPy arrays, detached, for third-party code."""

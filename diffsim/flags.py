@@ -1,5 +1,6 @@
 """The flags of a script: their bounds, those that all scripts share, and what is wrong with them in one line."""
 
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -12,7 +13,9 @@ import torch
 import tyro
 
 import diffsim
+from diffsim.physics import CacheError
 from diffsim.program import start
+from diffsim.tasks import is_file
 
 
 class Bound(NamedTuple):
@@ -24,8 +27,12 @@ class Bound(NamedTuple):
 
 
 SMALLEST, LARGEST = 5e-324, sys.float_info.max  # above 0, below infinity
-Count = Annotated[int, Bound(1, inf, "at least 1")]
-Natural = Annotated[int, Bound(0, inf, "at least 0")]
+CORES = os.cpu_count() or 1
+Count = Annotated[int, Bound(1, 2**53, "between 1 and 2^53")]
+Natural = Annotated[int, Bound(0, 2**53, "between 0 and 2^53")]
+Few = Annotated[int, Bound(1, 100_000, "between 1 and 100,000")]  # within one iteration, which must end
+Threads = Annotated[int, Bound(1, max(256, CORES), f"between 1 and {max(256, CORES)}: this machine has {CORES} cores")]
+Ratio = Annotated[float, Bound(SMALLEST, 1000, "above 0 and at most 1000")]
 Seed = Annotated[int, Bound(0, 2**32 - 1, "between 0 and 2^32 - 1")]
 Number = Annotated[float, Bound(-LARGEST, LARGEST, "a finite number")]
 Rate = Annotated[float, Bound(SMALLEST, LARGEST, "above 0, and finite")]
@@ -34,7 +41,7 @@ Weight = Annotated[float, Bound(0, LARGEST, "at least 0, and finite")]
 Clip = Annotated[float, Bound(0, inf, "at least 0")]
 Fraction = Annotated[float, Bound(0, 1, "between 0 and 1")]
 Decay = Annotated[float, Bound(0, 1 - 1e-9, "at least 0 and below 1")]
-Layers = tuple[Count, ...]
+Layers = tuple[Annotated[int, Bound(1, 8192, "between 1 and 8192")], ...]
 
 
 @dataclass
@@ -45,7 +52,7 @@ class RunArgs:
     """cpu or cuda"""
     compile: bool = True
     """compile the physics (once for a robot, num_envs and softness, a minute or two, then cached)"""
-    num_threads: Count = 1
+    num_threads: Threads = 1
     """threads of torch; the same number gives the same bits"""
     save_every: Count = 250_000
     """environment steps between checkpoints"""
@@ -79,6 +86,20 @@ def one_line_errors():
         yield
     except ValueError as e:
         fail(str(e))
+
+
+def explain(kind, error, traceback):
+    """sys.excepthook of a run: what a machine cannot do is one line, too; all else is a bug, with its traceback."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    said = ("can't allocate", "out of memory", "bad_alloc", "Storage size calculation overflowed")
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(x in text for x in said):
+        asked = f" ({text.split('DefaultCPUAllocator: ')[-1].split('. Error code')[0]})" if text else ""
+        fewer = "fewer --num-envs, a shorter window, smaller networks or buffers need less"
+        print(f"\n{script()}.py: out of memory{asked}: {fewer}", file=sys.stderr)
+    elif isinstance(error, CacheError):
+        print(f"\n{script()}.py: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def bounds(hint) -> list[Bound]:
@@ -137,6 +158,8 @@ def parse(Args, defaults: dict):
     args = tyro.cli(Args, args=argv)
     if args.resume is not None:
         default = replace(of_checkpoint(Args, "--resume", args.resume), resume=args.resume, stop_after=None)
+        if is_file(default.env) and args.env != default.env:
+            fail(f"--resume {args.resume}: a run on code in a file; if you trust that file: --env {default.env}")
     else:
         with one_line_errors():
             physics = args.physics or diffsim.default_physics(args.env)

@@ -7,6 +7,8 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
+from diffsim import memory
+
 
 def is_gymnasium_id(name: str) -> bool:
     """Whether `name` is an environment registered with Gymnasium itself, such as "Hopper-v5"."""
@@ -21,6 +23,7 @@ class GymnasiumEnv:
     """
 
     def __init__(self, name: str, num_envs: int = 1, seed: int = 0, **kwargs):
+        memory.check(num_envs, 100_000)
         mujoco.set_mju_user_warning(lambda message: None)  # what is deprecated in its files is Gymnasium's business
         try:
             makers = [lambda: gymnasium.make(name, **kwargs)] * num_envs

@@ -1,10 +1,14 @@
 """diffsim's physics for a fixed batch: compiled ahead of time once, kept on disk, loaded in milliseconds.
 
 The two functions of a substep (forward, adjoint) are traced to graphs of elementwise operations and compiled by
-TorchInductor into one small library each. Both are compiled at the same time, one in a child process. Without a
-C++ compiler they run eagerly, slower by an order of magnitude, and say so once.
+TorchInductor into one small library each, at the same time, in a child process each. Where the C++ compiler is missing
+or fails they run eagerly, slower by an order of magnitude, and say so once.
+
+In the cache a robot, precision, thread count and batch have a folder; while it is made it ends in .build, holds all
+temporary files, and its .lock is held. A build that was killed has let go of its lock: the next process removes it.
 """
 
+import ast
 import gc
 import hashlib
 import os
@@ -12,22 +16,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 
 import mujoco
 import numpy as np
 import torch
-import torch._inductor
 from torch import Tensor
-from torch._inductor.package import package_aoti
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from diffsim.builder import build_model
 from diffsim.dynamics import Step, actuator_force, backward_substep, forward_substep
-from diffsim.model import Model, Softness, build_model
+from diffsim.model import Model, Softness
 
 # Thousands of scalar operations, each used a few times: keep every value instead of recomputing it in each user,
 # fuse them into few large loops, and do not search for patterns that are not there. Halves the time to compile.
@@ -39,10 +42,18 @@ INDUCTOR = {
     "pattern_matcher": False,
     "cpp.enable_tiling_heuristics": False,
     "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.precompile_headers": False,  # they take longer than two libraries can save
 }
 
 KINDS = ("forward", "backward")
-SOURCES = ("spatial", "contact", "kinematics", "forces", "articulated", "dynamics", "model", "physics")  # of the step
+SOURCES = (  # of the step
+    "spatial", "contact", "kinematics", "forces", "articulated", "dynamics", "model", "builder", "mjcf", "physics"
+)  # fmt: skip
+UNCOMPILED: set[Path] = set()  # what this process could not compile
+
+
+class CacheError(ValueError):
+    """The compiled step cannot be kept."""
 
 
 class DiffsimPhysics:
@@ -58,8 +69,8 @@ class DiffsimPhysics:
             return backward_substep(model, *args)
 
         self.forward, self.backward = forward, backward
-        if compile and compiler_available(model.device):
-            self.forward, self.backward = load_or_build(model, num_envs)
+        if compile and (compiled := load_or_build(model, num_envs)):
+            self.forward, self.backward = compiled
 
     def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
         """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`."""
@@ -67,66 +78,168 @@ class DiffsimPhysics:
         return Step.apply(qpos, qvel, qfrc, self.forward, self.backward, self.substeps)
 
 
-def compiler_available(device: torch.device) -> bool:
-    """Whether the step can be compiled for `device`; warns (once, Python's default) where it cannot."""
-    if device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"):
-        return True
-    warnings.warn("no C++ compiler (g++): physics runs uncompiled, about ten times slower", stacklevel=2)
-    return False
-
-
 def cache_dir() -> Path:
-    return Path(os.environ.get("DIFFSIM_CACHE", Path.home() / ".cache" / "diffsim"))
+    """Where compiled physics is kept. It is machine code, so ValueError if another user owns it or may write there."""
+    path = Path(os.environ.get("DIFFSIM_CACHE", Path.home() / ".cache" / "diffsim"))
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+    except OSError as e:
+        raise ValueError(f"no folder for compiled physics: {e}; set DIFFSIM_CACHE to one that can be written") from None
+    if hasattr(os, "getuid"):
+        if found.st_uid != os.getuid():
+            raise ValueError(f"compiled physics is machine code and {path} is another user's: set DIFFSIM_CACHE")
+        if found.st_mode & 0o022:
+            raise ValueError(f"compiled physics is machine code and others may write to {path}: chmod 700 {path}")
+    return path
 
 
 def load_or_build(model: Model, num_envs: int):
-    """The compiled forward and backward substep for this robot, batch, precision, device and thread count."""
-    paths = {k: _path(model, num_envs, k) for k in KINDS}
-    missing = [k for k in KINDS if not paths[k].exists()]
-    if missing:
-        start = time.time()
-        print(
-            f"compiling the physics for {num_envs} environments, once: one to three minutes",
-            file=sys.stderr,
-            flush=True,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            binary = os.path.join(folder, "model.mjb")
-            mujoco.mj_saveModel(model.mj_model, binary)
-            child = None
-            if len(missing) > 1:  # the longer one in a process of its own
-                args = [binary, repr(astuple(model.softness)), model.device, model.dtype, num_envs]
-                command = [sys.executable, "-W", "ignore", "-m", "diffsim.physics", *map(str, args)]
-                environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-                environment["PYTHONPATH"] = os.pathsep.join(
-                    [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-                )
-                child = subprocess.Popen([*command, str(paths["backward"])], env=environment, start_new_session=True)
-            try:
-                _build(model, num_envs, missing[0], paths[missing[0]])
-                if child is not None and child.wait():
-                    raise RuntimeError("compiling the physics failed (see above); --no-compile runs without")
-            finally:  # Ctrl-C reaches this process only: the child prints no traceback
-                if child is not None and child.poll() is None:
-                    os.killpg(child.pid, signal.SIGTERM)  # and its compiler
-        print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    return [_load(paths[kind]) for kind in KINDS]
+    """The compiled forward and backward substep for this robot, batch, precision, device and thread count.
+
+    None, with a warning, where they cannot be compiled. Raises CacheError, one line, where they cannot be kept.
+    """
+    entry = cache_dir().absolute() / f"{_key(model)}-{num_envs}"
+    if entry in UNCOMPILED:
+        return None
+    try:
+        for folder in entry.parent.glob("*.build"):
+            with suppress(OSError), _locked(folder, wait=False):
+                shutil.rmtree(folder)
+        if functions := _load(entry, model.device):
+            return functions
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(entry):
+            if functions := _load(entry, model.device):  # another process has built it meanwhile
+                return functions
+            if error := compiler_error() or _build(model, num_envs, entry):
+                UNCOMPILED.add(entry)
+                slow = "physics runs uncompiled, about ten times slower"
+                warnings.warn(f"{error}: {slow} (--no-compile silences this)", stacklevel=3)
+                return None
+            return _load(entry, model.device)
+    except (OSError, RuntimeError) as e:
+        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        where = f"compiled physics cannot be kept in {entry.parent}: {why}"
+        raise CacheError(f"{where}; set DIFFSIM_CACHE to another folder, or use --no-compile") from None
 
 
 def compiled_batches(model: Model) -> list[int]:
     """Numbers of environments for which this robot's step is compiled and kept already, ascending."""
-    found = (int(p.stem.split("-")[1]) for p in cache_dir().glob(f"{_key(model)}-*-forward.pt2"))
-    return sorted(n for n in found if _path(model, n, "backward").exists())
+    key = _key(model)
+    return sorted(int(p.name.removeprefix(f"{key}-")) for p in cache_dir().glob(f"{key}-*") if not p.suffix)
 
 
-def _path(model: Model, num_envs: int, kind: str) -> Path:
-    return cache_dir() / f"{_key(model)}-{num_envs}-{kind}.pt2"
+def compiler_error() -> str | None:
+    """What is wrong with the C++ compiler, in one line."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        return f"no C++ compiler ({compiler})"
+    command = [compiler, "-x", "c++", "-", "-fsyntax-only"]
+    tried = subprocess.run(command, input="#include <cmath>", capture_output=True, text=True, errors="replace")
+    return f"the C++ compiler {compiler} fails{_reason(tried)}" if tried.returncode else None
 
 
-def _load(path: Path):
-    """The function in a package: tensors in, tensors out, no graph."""
-    run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+def _reason(process, said: str | None = None) -> str:
+    """Why a process failed, in brackets: the line of its output that speaks of an error, or the last, or its signal."""
+    lines = [x.strip() for x in (process.stderr if said is None else said).splitlines() if x.strip()]
+    if process.returncode < 0:
+        lines = [f"killed by {signal.Signals(-process.returncode).name}"]
+    found = [x for x in lines if "error" in x.lower()] or lines
+    return f" ({found[-1][:160]})" if found else f" (it returned {process.returncode})"
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True):
+    """Hold the lock of a cached folder, which the system frees when a process dies. Raises BlockingIOError."""
+    import fcntl  # not on Windows
+
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            print("waiting for another process, which compiles the same physics", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(model: Model, num_envs: int, entry: Path) -> str | None:
+    """Compile both functions into the folder `entry`; returns what went wrong, in one line. Its lock is held."""
+    work = entry.with_suffix(".build")
+    temporary, start = work / "temporary", time.time()
+    print(f"compiling the physics for {num_envs} environments, once: one to three minutes", file=sys.stderr, flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment |= dict.fromkeys(("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"), str(temporary))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    arguments = [repr(astuple(model.softness)), str(model.device), str(model.dtype), str(num_envs)]
+    children: list[subprocess.Popen] = []
+    try:
+        temporary.mkdir(parents=True)
+        (temporary / "model.mjb").write_bytes(_binary(model))
+        for kind in KINDS:
+            command = [sys.executable, "-W", "ignore", "-m", "diffsim.physics", str(work / kind), *arguments]
+            with open(temporary / f"{kind}.log", "w") as log:
+                how = dict(stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)  # Ctrl-C is ours
+                children.append(subprocess.Popen(command, env=environment, **how))
+        for kind, child in zip(KINDS, children):
+            if child.wait():
+                said = (temporary / f"{kind}.log").read_text(errors="replace")
+                return f"compiling the physics failed{_reason(child, said)}"
+        shutil.rmtree(temporary)
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+        os.replace(work, entry)
+        entry.with_suffix(".lock").unlink()  # who waits for it finds the functions
+    finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+    return None
+
+
+def _load(entry: Path, device: torch.device):
+    """The functions in a folder: tensors in, tensors out, no graph. None if there are none, or damaged ones."""
+    if not entry.exists():
+        return None
+    try:
+        if any(_digest(entry / kind) != (entry / f"{kind}.sha256").read_text() for kind in KINDS):
+            raise ValueError
+    except (OSError, ValueError):
+        print(f"{entry} is damaged: compiled again", file=sys.stderr, flush=True)
+        return None
+    return [_function(entry / kind, device) for kind in KINDS]
+
+
+def _function(folder: Path, device: torch.device):
+    """Of the library in a folder, which is not copied to the temporary folder, as that of a package would be."""
+    library = str(folder / "step.so")
+    if device.type == "cuda":
+        run = torch._C._aoti.AOTIModelContainerRunnerCuda(library, 1, str(device), str(folder)).run
+    else:
+        run = torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1).run
     return lambda *inputs: run([x.contiguous() for x in inputs])
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _binary(model: Model) -> bytes:
+    buffer = np.empty(mujoco.mj_sizeModel(model.mj_model), np.uint8)
+    mujoco.mj_saveModel(model.mj_model, None, buffer)
+    return buffer.tobytes()
 
 
 def _key(model: Model) -> str:
@@ -134,54 +247,49 @@ def _key(model: Model) -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         if source.stem in SOURCES:
             digest.update(source.read_bytes())
-    buffer = np.empty(mujoco.mj_sizeModel(model.mj_model), np.uint8)
-    mujoco.mj_saveModel(model.mj_model, None, buffer)
-    digest.update(buffer.tobytes())
+    digest.update(_binary(model))
     what = (model.softness, model.device, model.dtype, torch.get_num_threads(), torch.__version__)
     digest.update(repr((what, torch.backends.cpu.get_cpu_capability(), mujoco.__version__)).encode())
     return digest.hexdigest()[:20]
 
 
-def _build(model: Model, num_envs: int, kind: str, path: Path):
-    """Trace, compile, and move the package into place (two processes may race: the last one wins, both are right)."""
+# --- in a child process -------------------------------------------------------------------------------------------
+def _compile(model: Model, num_envs: int, folder: Path):
+    """Trace and compile the function that the folder is named after, and leave the library there."""
+    import torch._inductor
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     def zeros(rows):
         return torch.zeros(rows, num_envs, device=model.device, dtype=model.dtype)
 
-    qpos, qvel = zeros(model.nq), zeros(model.nv)
-    function = {"forward": forward_substep, "backward": backward_substep}[kind]
-    inputs = (
-        qpos,
-        qvel,
-        zeros(model.nv),
-        *((zeros(model.nv), zeros(model.nq), zeros(model.nv)) if kind == "backward" else ()),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    function = {"forward": forward_substep, "backward": backward_substep}[folder.name]
+    inputs = [zeros(rows) for rows in (model.nq, model.nv, model.nv)]
+    if folder.name == "backward":
+        inputs += [zeros(rows) for rows in (model.nv, model.nq, model.nv)]
     gc.disable()  # half a million small objects that all live until the end
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = make_fx(lambda *x: function(model, *x))(*inputs)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            for node in graph.graph.nodes:  # shapes as traced; the compiler infers its own
-                node.meta.clear()
-            temporary = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
-            files = torch._inductor.aot_compile(graph, inputs, options={**INDUCTOR, "aot_inductor.package": True})
-            package_aoti(str(temporary), files)
-            os.replace(temporary, path)
-    finally:
-        gc.enable()
+    graph = make_fx(lambda *x: function(model, *x))(*inputs)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    for node in graph.graph.nodes:  # shapes as traced; the compiler infers its own
+        node.meta.clear()
+    folder.mkdir()
+    for file in torch._inductor.aot_compile(graph, tuple(inputs), options={**INDUCTOR, "aot_inductor.package": True}):
+        if isinstance(file, str) and not file.endswith((".cpp", ".json")):  # on a GPU there are its kernels, too
+            shutil.copy(file, folder / ("step.so" if file.endswith(".so") else Path(file).name))
+    folder.with_suffix(".sha256").write_text(_digest(folder))
 
 
-def _child(binary, softness, device, dtype, num_envs, path):
-    import ast
+def _child(folder, softness, device, dtype, num_envs):
+    def end_with_parent():
+        sys.stdin.read()  # its end is the parent's
+        os.killpg(0, signal.SIGKILL)
 
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    mj_model = mujoco.MjModel.from_binary_path(binary)
+    mj_model = mujoco.MjModel.from_binary_path(str(Path(folder).parent / "temporary" / "model.mjb"))
     dtype = getattr(torch, dtype.removeprefix("torch."))
     model = build_model(mj_model, Softness(*ast.literal_eval(softness)), device, dtype)
-    _build(model, int(num_envs), "backward", Path(path))
+    _compile(model, int(num_envs), Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Watch a trained policy, and measure it: python -m diffsim.play RUN_OR_POLICY [--physics mujoco] [--video ant.mp4]"""
 
-import logging
 import sys
 import warnings
 from dataclasses import dataclass
@@ -12,19 +11,24 @@ import torch
 import tyro
 
 import diffsim
+from diffsim.builder import without_margins
 from diffsim.dynamics import contact_points
 from diffsim.flags import Bound, Seed, check_bounds
 from diffsim.gymnasium_env import GymnasiumEnv
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.physics import compiled_batches
+from diffsim.policy import read_policy
 from diffsim.program import start
 from diffsim.render import check_path, render
+from diffsim.tasks import is_file
 
 
 @dataclass
 class Args:
     policy: Annotated[str, tyro.conf.Positional]
     """run folder, or policy.pt2"""
+    env: str | None = None
+    """environment (default: the one it was trained on, which must be named here if it is a file: its code runs)"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
     """engine to run on (default: the one it was trained on); gymnasium: gymnasium.make of that id itself"""
     episodes: Annotated[int, Bound(1, 10_000, "between 1 and 10,000")] = 10
@@ -36,24 +40,9 @@ class Args:
 
 
 def load_policy(path) -> tuple[torch.nn.Module, str]:
-    """The exported policy, obs (B, obs_dim) -> action (B, act_dim), and the name of its environment."""
-    return _load(path)[:2]
-
-
-def _load(path) -> tuple[torch.nn.Module, str, str, int]:
-    """The policy, and what it was trained on: environment, engine, number of observations."""
-    path = Path(path)
-    path = path / "policy.pt2" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"no policy at {path}")
-    extra = {"env": "", "physics": ""}
-    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it prints a traceback before it raises
-    try:
-        program = torch.export.load(path, extra_files=extra)
-    except Exception as e:
-        raise ValueError(f"{path} is not a readable policy ({type(e).__name__})") from None
-    name, physics = (x.decode() if isinstance(x, bytes) else x for x in extra.values())
-    return program.module(), name, physics, program.example_inputs[0][0].shape[1]
+    """The policy of a run folder or policy.pt2, obs (B, obs_dim) -> action (B, act_dim), and its environment's name."""
+    policy = read_policy(path)
+    return policy, policy.env
 
 
 def playback_env(name: str, episodes: int, physics: str | None = None):
@@ -82,7 +71,7 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     length and, where it runs on MuJoCo, qpos."""
     if isinstance(env, GymnasiumEnv):
         return _rollout_gymnasium(env, policy, episodes, seed)
-    free = env.model.without_margins()
+    free = without_margins(env.model)
     env.reset(seed=seed)
     qpos, qvel = starts(env, episodes, seed)
     env.set_state(env.get_state() | dict(qpos=qpos, qvel=qvel))
@@ -185,8 +174,8 @@ def film(env, qpos: np.ndarray, video: str | Path):
 
 def record(run: Path, video: Path):
     """Film one episode of a run's policy on the engine that it was trained on."""
-    policy, name, physics, _ = _load(run)
-    env = playback_env(name, 1, physics)
+    policy = read_policy(run)
+    env = playback_env(policy.env, 1, policy.physics)
     film(env, rollout(env, policy, 1)["qpos"], video)
 
 
@@ -197,12 +186,14 @@ def main():
         check_bounds(args)
         if args.video:
             check_path(args.video)
-        policy, name, trained_on, wanted = _load(args.policy)
-        physics = args.physics or trained_on
+        policy = read_policy(args.policy)
+        name, physics = args.env or policy.env, args.physics or policy.physics
+        if is_file(name) and not args.env:
+            raise ValueError(f"{args.policy} was trained on code in a file; if you trust that file: --env {name}")
         env = playback_env(name, args.episodes, physics)
         given = env.single_observation_space.shape[0]
-        if wanted != given:
-            raise ValueError(f"the policy wants {wanted} observations, {name} on {physics} has {given}")
+        if policy.obs_dim != given:
+            raise ValueError(f"the policy wants {policy.obs_dim} observations, {name} on {physics} has {given}")
         print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy", flush=True)
         result = rollout(env, policy, args.episodes, args.seed)
         for key, unit in (

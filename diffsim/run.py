@@ -5,7 +5,7 @@ How a script uses it:
     args = parse(Args, DEFAULTS)              # command line > the task's settings > Args'; with --resume: the run's own
     run = Run(args, num_iterations, steps)    # seeds, threads, runs/<env>__<script>__<seed>__<time>/
     run.restore(policy, env, actor=actor)     # what checkpoint.pt holds; loads it with --resume
-    for iteration in run:                     # saves when due; ends after the last, --stop-after or Ctrl-C
+    for iteration in run:                     # saves when due; ends after the last, --stop-after, Ctrl-C or a NaN
         run.episodes(info)                    # after each step: episodes that ended
         run.lap("simulate")                   # seconds since the last lap
         run.mean({"losses/value_loss": x})    # of one of many updates: the row has the mean
@@ -13,6 +13,7 @@ How a script uses it:
 """
 
 import csv
+import io
 import os
 import random
 import shutil
@@ -22,17 +23,22 @@ import time
 from collections import defaultdict, deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from math import inf
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from diffsim.flags import fail, load, one_line_errors, run_folder, script
+from diffsim import memory
+from diffsim.flags import explain, fail, load, one_line_errors, run_folder, script
 from diffsim.play import record
+from diffsim.policy import import_compiler, write_policy
 from diffsim.program import tell, unwind
 from diffsim.run_files import COLUMNS, config, make_folder, read_rows, try_folder
+from diffsim.tasks import is_file
 
+PATIENCE = 20  # rows without one finite gradient; then the run stops
 OF_A_RUN = "temperature", "return_scale"  # parts that depend on a run's flags and rewards: --init-from leaves them out
 
 
@@ -64,7 +70,14 @@ class Run:
         self.means: dict[str, list] = defaultdict(list)  # since the last row, to be averaged
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
+        self.best = -inf  # return of the best evaluation
         self.interrupted, self.nonfinite = False, []  # nonfinite: tags of the last row
+        sys.excepthook = explain
+        import_compiler()
+        if args.device == "cpu":
+            memory.limit()
+        self.left_out = 0  # successive rows in which all gradients were left out
+        self.warned = self.moved = self.stuck = False  # some were left out; some were not; all were for too long
         random.seed(args.seed)
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
@@ -89,6 +102,8 @@ class Run:
         elif self.args.init_from is not None:
             self._init_from(load(self.args.init_from, "--init-from"))
         self.end = self._find_end()
+        with one_line_errors():  # what cannot be exported is not trained for an hour first
+            write_policy(policy, env.single_observation_space.shape[0], env.device, io.BytesIO())
         with self._writing():
             if self.args.resume is None:
                 name = f"{self.args.env.split(':')[-1].lower()}__{script()}__{self.args.seed}"
@@ -138,6 +153,7 @@ class Run:
                 part.load_state_dict(checkpoint[name])
             name = "state of the run"
             torch.set_rng_state(checkpoint["rng"])
+            self.best = checkpoint["best"] + 0.0
             self.recent.extend((r + 0.0, length + 0) for r, length in checkpoint["recent"])  # they are numbers
             self.sums.update({tag: x + 0 for tag, x in checkpoint["sums"].items()})
             self.means.update({tag: [x.to(self.env.device) for x in xs] for tag, xs in checkpoint["means"].items()})
@@ -145,6 +161,8 @@ class Run:
             before = checkpoint["args"].get("total_timesteps")
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             fail(f"--resume {self.folder}: its {name} does not fit, so the task or the script is another version")
+        if bad := self._nonfinite_tensors():
+            fail(f"--resume {self.folder}: its {bad[0]} is not finite")
         if total != before and self.total > self.iteration:
             done, of_before = (f"{self.global_step / steps:.0%}" for steps in (total, before))
             said = f"--total-timesteps {total}, was {before}: {done} of the run are done, were {of_before}"
@@ -158,10 +176,14 @@ class Run:
             self.global_step += self.steps
             self.lap_start = time.time()
             yield self.iteration
+            evaluated = self.numbers.get("eval/episodic_return", -inf)
             with self._writing():
                 if self.numbers:
                     self._write_row()
-                self._stop_at_nan()
+                    self._stop_at_nan()
+                if evaluated > self.best:
+                    self.best = evaluated
+                    self._save_policy("policy_best.pt2")
                 self.iteration += 1
                 if self.passed(self.args.save_every):
                     self.save()
@@ -172,14 +194,35 @@ class Run:
         self._say_last_words()
 
     def _stop_at_nan(self):
-        """A policy that is not finite will not recover: the checkpoint of before is worth more than further steps."""
-        bad = [name for name, x in self.policy.named_parameters() if not torch.isfinite(x).all()]
-        bad += [tag for tag in self.nonfinite if tag.split("/")[0] in ("losses", "eval") or "return" in tag]
+        """What is not finite will not recover: the checkpoint of before is worth more than further steps."""
+        pending = [tag for tag, x in self.means.items() if not torch.isfinite(torch.stack(x)).all()]
+        bad = [t for t in self.nonfinite + pending if t.split("/")[0] in ("losses", "eval") or "return" in t][:1]
+        bad += self._nonfinite_tensors()[:1]
         if bad:
-            checkpoint = self.folder / "checkpoint.pt"
-            before = f"{checkpoint} is from before" if checkpoint.exists() else "nothing was saved before"
-            print(f"{script()}.py: iteration {self.iteration}: {bad[0]} is not finite; {before}", file=sys.stderr)
-            raise SystemExit(1)
+            self._stop(" is not finite, nor is ".join(bad) + " is not finite" * (len(bad) == 1))
+        if self.stuck:
+            self._stop(f"no gradient of the last {self.left_out} rows was finite: the policy stands still")
+
+    @torch.no_grad()
+    def _nonfinite_tensors(self) -> list[str]:
+        """Names of the parameters, buffers and environments' states that are not finite: "critic.members.0.0.bias"."""
+        modules = {k: x for k, x in self.parts.items() if isinstance(x, torch.nn.Module)}
+        tensors = {f"env.{k}": x for k, x in self.env.state_dict().items()}
+        for k, module in modules.items():
+            tensors |= {f"{k}.{n}": x for n, x in (*module.named_parameters(), *module.named_buffers())}
+        tensors |= {f"policy.{n}": x for n, x in self.policy.named_parameters()}  # bounds of actions may be infinite
+        tensors = {n: x for n, x in tensors.items() if x.is_floating_point()}
+        if not tensors or torch.cat([x.flatten().to(self.env.device) for x in tensors.values()]).sum().isfinite():
+            return []
+        return [n for n, x in tensors.items() if not torch.isfinite(x).all()]
+
+    def _stop(self, why: str):
+        checkpoint = self.folder / "checkpoint.pt"
+        before = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "nothing was saved before"
+        self.writer.close()
+        print(end="\n" if sys.stdout.isatty() else "", flush=True)  # after the bar
+        print(f"{script()}.py: iteration {self.global_step // self.steps - 1}: {why}; {before}", file=sys.stderr)
+        raise SystemExit(1)
 
     def _interrupt(self, *_):
         """Ctrl-C lets the iteration finish, so that what is saved can be resumed bit for bit; twice: at once."""
@@ -190,16 +233,17 @@ class Run:
 
     def _say_last_words(self):
         python = os.path.relpath(sys.executable)
+        named = f" --env {self.args.env}" if is_file(self.args.env) else ""  # its code runs: see README
         self._say("", end="\n" if sys.stdout.isatty() else "")  # after the bar
         if self.iteration < self.total:
             said = "interrupted and saved" if self.interrupted else "saved"
-            self._say(f"{said}; continue with: {python} {sys.argv[0]} --resume {self.folder}")
+            self._say(f"{said}; continue with: {python} {sys.argv[0]} --resume {self.folder}{named}")
             sys.exit(130 if self.interrupted else 0)
         if self.args.capture_video:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
         video = "" if self.env.mj_model is None else f" --video {self.folder / 'video.mp4'}"
-        self._say(f"done; watch it: {python} -m diffsim.play {self.folder}{video}")
+        self._say(f"done; watch it: {python} -m diffsim.play {self.folder}{named}{video}")
 
     def _say(self, text: str, end: str = "\n"):
         """A line on stdout. When nobody reads it any more (`| head`), the run is saved and ends, as after Ctrl-C."""
@@ -269,6 +313,10 @@ class Run:
             self._rewrite([*self.metrics.fieldnames, *new], rows)
         self.metrics.writerow(row)
         self.nonfinite = [tag for tag, x in numbers.items() if not np.isfinite(x)]
+        if "grad/nonfinite" in numbers:
+            self.left_out = self.left_out + 1 if numbers["grad/nonfinite"] == 1 else 0
+            self.moved |= not self.left_out
+            self.stuck = self.left_out >= PATIENCE or (self.last and not self.moved)
         self._show(numbers, wall)
         self.numbers, self.sums, self.means = {}, defaultdict(float), defaultdict(list)
 
@@ -286,8 +334,10 @@ class Run:
     def _show(self, numbers: dict, wall: float):
         """A bar on a terminal; elsewhere a line now and then, and for each evaluation."""
         bad, tty = numbers.get("grad/nonfinite", 0), sys.stdout.isatty()
-        if bad:
-            print(f"iteration {self.iteration}: non-finite gradients left out ({bad:g})", file=sys.stderr)
+        if bad and not self.warned:
+            self.warned = True
+            said = "gradients that are not finite are left out; metrics.csv has their share"
+            print(f"iteration {self.iteration}: {said} (column nonfinite)", file=sys.stderr)
         evaluated = "eval/episodic_return" in numbers
         if tty or evaluated or self.iteration == 0 or time.time() - self.shown > 5:
             share, self.shown = (self.iteration + 1) / self.total, time.time()
@@ -298,17 +348,22 @@ class Run:
 
     # --- files ----------------------------------------------------------------------------------------------------
     def save(self):
-        """checkpoint.pt, and policy.pt2: observation -> action, a program that needs no script."""
+        """checkpoint.pt, and policy.pt2: observation -> action, a program that needs no script; never with a NaN."""
+        self._stop_at_nan()
+        example = torch.zeros(2, *self.env.single_observation_space.shape, device=self.env.device)
+        if not torch.isfinite(self.policy(example)).all():  # parameters near the largest number
+            self._stop("the policy's action is not finite")
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= dict(script=script(), args=asdict(self.args), rng=torch.get_rng_state(), recent=list(self.recent))
-        state |= dict(sums=dict(self.sums), means=dict(self.means))  # of a row that is not yet due
+        state |= dict(sums=dict(self.sums), means=dict(self.means), best=self.best)  # of a row that is not yet due
         state |= dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=time.time() - self.start)
         self._atomic(lambda path: torch.save(state, path), "checkpoint.pt")
-        example = torch.zeros(2, *self.env.single_observation_space.shape, device=self.env.device)
-        dynamic = ({0: torch.export.Dim("batch", min=1)},)
-        program = torch.export.export(self.policy, (example,), dynamic_shapes=dynamic)
+        self._save_policy("policy.pt2")
+
+    def _save_policy(self, name: str):
         trained_on = dict(env=self.args.env, physics=self.args.physics)
-        self._atomic(lambda path: torch.export.save(program, path, extra_files=trained_on), "policy.pt2")
+        obs_dim, device = self.env.single_observation_space.shape[0], self.env.device
+        self._atomic(lambda path: write_policy(self.policy, obs_dim, device, path, **trained_on), name)
 
     def _atomic(self, write, name: str):
         """A file is there whole, or as it was before."""

@@ -1,5 +1,8 @@
 """The gradient contract: gradients of whole windows, resets, bad states, MuJoCo's engine behind the same task."""
 
+import math
+import warnings
+
 import gymnasium
 import numpy as np
 import pytest
@@ -186,12 +189,66 @@ def test_gymnasium_make_vec():
         (dict(task="Pendulum-v1", physics="mujoco"), "Pendulum-v1 is Gymnasium's alone"),
         (dict(task="Pendulum-v1", device="meta"), "run on the cpu, not on meta"),
         (dict(task="ant", device="tpu9"), "unknown device"),
+        *[(dict(task="ant", num_envs=n), "num_envs is .*; it must be an integer") for n in (-1, 1.5, "3", True, 2**60)],
+        *[(dict(task="ant", seed=n), "seed is .*; it must be an integer") for n in (-1, 0.5, None, 2**32)],
+        *[
+            (dict(task="ant", stiffness=x), "stiffness is .*; it must be a number")
+            for x in (math.nan, 0, -1, "a", True)
+        ],
+        *[(dict(task="ant", smoothing=x), "smoothing is .*; it must be a number") for x in (math.inf, -1)],
+        *[
+            (dict(task="ant", dtype=x), "dtype is .*; it must be torch.float32")
+            for x in (int, torch.float16, "float32")
+        ],
+        *[(dict(task="ant", device=x), "device '.*'; use cpu or cuda") for x in ("meta", "mps", None, 1.5, "")],
+        (dict(task="ant", compile="yes"), "compile is 'yes'; it must be True or False"),
     ],
 )
 def test_bad_arguments_are_one_line(kwargs, message):
     with pytest.raises(ValueError, match=message) as error:
-        diffsim.make(**kwargs)
+        diffsim.make(**KW | kwargs)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("physics", ["diffsim", "mujoco"])
+@pytest.mark.parametrize(
+    "reward, warning",
+    [
+        (lambda s, q, v, a: q[0].detach() - v[0].square().detach(), "no gradient"),
+        (lambda s, q, v, a: (q[0] > 0).float() - 0.1 * a.square().sum(0), "no gradient"),  # of the cost only
+        (lambda s, q, v, a: torch.tensor([x.item() for x in q[0]]), "no gradient"),
+        (lambda s, q, v, a: torch.zeros(q.shape[1], requires_grad=True), "no gradient"),
+        (lambda s, q, v, a: (0 * v[0]).sqrt(), "is not finite in 3 of 3 environments"),
+        (lambda s, q, v, a: q[0], None),
+        (lambda s, q, v, a: v[1], None),
+    ],
+)
+def test_a_reward_without_gradient_is_warned_of(physics, reward, warning):
+    task = type("Mine", (diffsim.TASKS["cartpole"],), dict(reward=reward))
+    env = diffsim.make(task, 3, physics=physics, **KW)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        env.check_gradient(2)
+    said = [str(w.message) for w in caught]
+    assert len(said) == (warning is not None) and all("Mine.reward" in s and warning in s for s in said)
+
+
+@pytest.mark.parametrize("name", diffsim.TASKS)
+def test_rewards_of_all_tasks_have_a_gradient_and_looking_for_it_changes_nothing(name):
+    env = diffsim.make(name, 2, **KW)
+    before, rng = env.get_state(), torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env.check_gradient(12)
+    assert all(torch.equal(x, y) for x, y in zip(before.values(), env.get_state().values()))
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_a_reward_that_fails_on_tensors_with_a_gradient_is_one_line():
+    reward = lambda s, q, v, a: torch.from_numpy(-(q.numpy()[0] ** 2))  # noqa: E731
+    env = diffsim.make(type("Mine", (diffsim.TASKS["cartpole"],), dict(reward=reward)), 3, **KW)
+    with pytest.raises(ValueError, match=r"Mine.reward raised RuntimeError: Can't call numpy.*test_env.py:\d+\)$"):
+        env.check_gradient(2)
 
 
 @pytest.fixture
@@ -219,9 +276,9 @@ class Peg(diffsim.Task):
 
 
 def test_compiled_physics_equals_eager(cache, capfd):
-    from diffsim.physics import compiler_available
+    from diffsim.physics import compiler_error
 
-    if not compiler_available(torch.device("cpu")):
+    if compiler_error():
         pytest.skip("no C++ compiler")
     gradients, observations = [], []
     for compiled in (False, True, True):

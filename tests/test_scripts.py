@@ -7,7 +7,6 @@ import io
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -418,7 +417,7 @@ def test_resume_is_exact_and_a_policy_needs_no_script(script, arm, tmp_path):
     program = torch.export.load(run / "policy.pt2").module()
     assert program(torch.randn(5, 6)).shape == (5, 2) and bool((program(100 * torch.randn(5, 6)).abs() <= 1).all())
     if script == "shac.py":  # in a process that never saw the script
-        command = [sys.executable, "-m", "diffsim.play", str(run), "--episodes", "2"]
+        command = [sys.executable, "-m", "diffsim.play", str(run), "--episodes", "2", "--env", arm]
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert f"{arm} on diffsim, 2 episodes" in said
 
@@ -681,31 +680,6 @@ def test_saves_and_evaluations_are_due_once_an_interval(still):
             due.append(run.global_step)
         assert not run.passed(0) and run.last == (iteration == 9)
     assert due == [30, 50, 80, 100]
-
-
-NAN_TASK = """
-import torch
-from diffsim.tasks import TASKS
-
-
-class Broken(TASKS["cartpole"]):
-    def reward(self, qpos, qvel, action):
-        return super().reward(qpos, qvel, action) + torch.where(qpos[0] > -9.0, torch.nan, 0.0)
-"""
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_nan_stops_the_run_with_one_line_and_keeps_the_checkpoint(script, tmp_path, monkeypatch, capsys):
-    """A reward that is not finite from the first step: exit code 1, the row that shows it, nothing saved over."""
-    (tmp_path / "broken.py").write_text(NAN_TASK)
-    flags = small(script, f"{tmp_path}/broken.py:Broken", tmp_path / "runs", save_every=1000)
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 1 and "is not finite; nothing was saved before" in said[-1]
-    assert not (the_run(tmp_path / "runs") / "checkpoint.pt").exists()
-    assert len(said) <= 2
 
 
 def test_defaults_that_no_field_of_args_takes_are_named(monkeypatch, capsys):

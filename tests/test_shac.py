@@ -164,8 +164,8 @@ def test_play_measures_on_both_engines(tmp_path):
 def test_play_on_the_engine_it_was_trained_on_and_a_video(arm, tmp_path):
     run_script("shac.py", *TINY, "--env", arm, "--physics", "mujoco", "--stop-after", 1, "--run-dir", tmp_path)
     run = the_run(tmp_path)
-    assert f"{arm} on mujoco, 2 episodes" in play(run, "--episodes", 2).stdout  # not the task's own
-    video = [run, "--episodes", 1, "--video", tmp_path / "v.mp4"]
+    assert f"{arm} on mujoco, 2 episodes" in play(run, "--episodes", 2, "--env", arm).stdout  # not the task's own
+    video = [run, "--episodes", 1, "--env", arm, "--video", tmp_path / "v.mp4"]
     try:
         said = play(*video).stdout
     except AssertionError:  # no OpenGL here: one line that says what to install

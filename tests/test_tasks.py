@@ -199,19 +199,90 @@ def test_playback_starts_alike_on_both_engines_and_in_any_batch():
         assert not torch.equal(many[:, 0], many[:, 1])
 
 
-@pytest.mark.parametrize(
-    "method, returns, message",
-    [
-        ("reward", lambda *_: torch.zeros(1, 2), r"reward returned shape \(1, 2\) for 2 environments, expected"),
-        ("observe", lambda *_: torch.zeros(2), r"observe returned shape \(2,\)"),
-        ("terminated", lambda *_: False, "terminated returned a bool"),
-        ("terminated", lambda *_: torch.zeros(2), "terminated returned torch.float32, expected torch.bool"),
-        ("reset", lambda *_: (torch.zeros(5, 2), torch.zeros(2, 2)), r"reset returned shape \(5, 2\)"),
-        ("reset", diffsim.Task.reset, "does not define reset"),
-    ],
-)
-def test_a_method_of_a_task_that_returns_another_shape_is_one_line(method, returns, message):
-    broken = type("Broken", (diffsim.TASKS["cartpole"],), {method: returns})
-    with pytest.raises(ValueError, match=f"Broken.*{message}") as error:
-        diffsim.make(broken(), 3, compile=False)
+def raises_zero_division(*_):
+    return 1 / 0
+
+
+WITHOUT_ACTUATOR = "<mujoco><worldbody><body><joint/><geom size='1'/></body></worldbody></mujoco>"
+BROKEN = [  # of a class that derives from cartpole's: an attribute, its value, what is said
+    (
+        "reward",
+        lambda *_: torch.zeros(1, 2),
+        r"\.reward returned shape \(1, 2\) for 2 environments, expected the shape",
+    ),
+    ("reward", lambda s, q, v, a: q[:1].squeeze(), r"reward returned shape \(\) for 1 environment, expected .* \(1,\)"),
+    ("reward", lambda *_: 1.0, r"reward returned a float, expected a tensor of the shape \(2,\)"),
+    ("reward", lambda s, q, v, a: q[0].double(), "reward returned torch.float64, expected torch.float32"),
+    ("reward", lambda s, q, v, a: q[0] / 0, "reward returned a value that is not finite"),
+    ("reward", lambda s, q, v, a: v.add_(1)[0], "reward changes qvel in place"),
+    (
+        "reward",
+        lambda s, q, v: q[0],
+        r"reward raised TypeError: .* takes 3 .* but 4 .* \(.*test_tasks.py:\d+\)$",
+    ),
+    ("reward", raises_zero_division, r"reward raised ZeroDivisionError: division by zero \(.*test_tasks.py:\d+\)$"),
+    ("reward", diffsim.Task.reward, "does not define reward: see diffsim.Task"),
+    ("transition_reward", lambda *_: None, "transition_reward returned a NoneType"),
+    ("observe", lambda *_: torch.zeros(2), r"observe returned shape \(2,\)"),
+    (
+        "observe",
+        lambda s, q, v, a: q.T,
+        r"observe returned shape \(1, 2\) for 1 environment, expected .* \(2, 1\)",
+    ),
+    ("observe", lambda s, q, v, a: q[:0], r"observe returned shape \(0, 2\) .* \(obs_dim, 2\)"),
+    ("observe", lambda s, q, v, a: q.double(), "observe returned torch.float64, expected torch.float32"),
+    ("observe", lambda s, q, v, a: q.to("meta"), "observe returned a tensor on meta, expected one on cpu"),
+    ("observe", lambda s, q, v, a: q * math.nan, "observe returned a value that is not finite"),
+    ("observe", lambda s, q, v, a: q.mul_(2), "observe changes qpos in place"),
+    ("terminated", lambda *_: False, "terminated returned a bool"),
+    ("terminated", lambda *_: torch.zeros(2), "terminated returned torch.float32, expected torch.bool"),
+    ("reset", lambda *_: (torch.zeros(5, 2), torch.zeros(2, 2)), r"reset returned shape \(5, 2\)"),
+    ("reset", lambda *_: (torch.zeros(2, 2),) * 2, r"reset returned shape \(2, 2\) for 1 environment"),
+    ("reset", lambda s, m, n, g: torch.zeros(2, n), "reset returned a Tensor, expected two: qpos, qvel"),
+    ("reset", lambda s, m, n, g: (torch.zeros(2, n),) * 3, "reset returned 3 values, expected two"),
+    (
+        "reset",
+        lambda s, m, n, g: (torch.zeros(2, n) / 0, torch.zeros(2, n)),
+        "reset returned a value that is not finite",
+    ),
+    ("reset", lambda s, m, n, g: (torch.zeros(2, n).long(), torch.zeros(2, n)), "reset returned torch.int64"),
+    ("reset", diffsim.Task.reset, "does not define reset"),
+    ("control_dt", 0, "control_dt is 0; it must be"),
+    ("control_dt", math.nan, "control_dt is nan"),
+    ("control_dt", math.inf, "control_dt is inf"),
+    ("control_dt", "1", "control_dt is '1'"),
+    ("substeps", 0, "substeps is 0; it must be a whole number, at least 1"),
+    ("substeps", 2.0, "substeps is 2.0"),
+    ("max_episode_steps", 0, "max_episode_steps is 0"),
+    ("max_episode_steps", None, "max_episode_steps is None"),
+    ("xml", 3, "xml is a int; it must be the path"),
+    ("xml", WITHOUT_ACTUATOR, "xml has no actuator"),
+    ("__init__", lambda self, size: None, r"\(\) raised TypeError: .* missing 1 .*; a task is made without arguments"),
+    ("__init__", raises_zero_division, r"\(\) raised ZeroDivisionError: .* \(.*test_tasks.py:\d+\); a task is made"),
+]
+
+
+@pytest.mark.parametrize("attribute, value, message", BROKEN)
+def test_what_is_wrong_with_a_task_is_one_line_when_it_is_made(attribute, value, message):
+    broken = type("Broken", (diffsim.TASKS["cartpole"],), {attribute: value})
+    with pytest.raises(ValueError, match=f"^Broken.*{message}") as error:
+        diffsim.make(broken, 3, compile=False)
     assert "\n" not in str(error.value)
+    assert "raised" not in message or error.value.__cause__ is not None
+
+
+def test_what_is_no_task_is_one_line(tmp_path):
+    for task, message in ((3, "3 is no task"), (int, "'int'> is no task"), (diffsim.Task, "Task does not define xml")):
+        with pytest.raises(ValueError, match=message):
+            diffsim.make(task, 3, compile=False)
+    (tmp_path / "late.py").write_text("import torch\n\nx = torch.zeros(2) @ torch.zeros(3)\n")
+    with pytest.raises(ValueError, match=r"late.py does not import: RuntimeError: .* \(.*late.py:3\)$"):
+        diffsim.make(f"{tmp_path}/late.py:Late")
+
+
+def test_an_initial_state_carries_no_gradient():
+    start = torch.zeros(2, 1, requires_grad=True)
+    reset = lambda self, model, count, generator: (start.repeat(1, count), torch.zeros(2, count))  # noqa: E731
+    env = diffsim.make(type("Learned", (diffsim.TASKS["cartpole"],), dict(reset=reset)), 3, compile=False)
+    obs, _ = env.reset()
+    assert not obs.requires_grad and not env.step(torch.zeros(3, 1))[0].requires_grad

@@ -8,6 +8,7 @@ from diffsim.tasks.ant import Ant
 from diffsim.tasks.anymal import Anymal
 from diffsim.tasks.base import Task
 from diffsim.tasks.cartpole import Cartpole
+from diffsim.tasks.check import described, instance
 from diffsim.tasks.cheetah import Cheetah
 from diffsim.tasks.gymnasium_twins import AntV5, HalfCheetahV5, HopperV5, Walker2dV5
 from diffsim.tasks.hopper import Hopper
@@ -19,6 +20,11 @@ TASKS: dict[str, type[Task]] = {
     "humanoid": Humanoid, "Ant-v5": AntV5, "Hopper-v5": HopperV5, "HalfCheetah-v5": HalfCheetahV5,
     "Walker2d-v5": Walker2dV5,
 }  # fmt: skip
+
+
+def is_file(name: str) -> bool:
+    """Whether a task's name is a class in a file, "path/to/my_task.py:MyTask": finding it runs that file's code."""
+    return ":" in name
 
 
 def find_task(name: str) -> Task:
@@ -42,11 +48,11 @@ def find_task(name: str) -> Task:
     try:
         spec.loader.exec_module(module)
     except Exception as e:
-        raise ValueError(f"env '{name}': {file} does not import: {type(e).__name__}: {' '.join(str(e).split())}") from e
+        raise ValueError(f"env '{name}': {file} does not import: {described(e)}") from e
     task = getattr(module, cls, None)
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise ValueError(f"env '{name}': {file} has no class {cls} that derives from diffsim.Task")
-    return task()
+    return instance(task)
 
 
 def default_physics(task: str | Task) -> str:
@@ -64,4 +70,4 @@ def settings_of(name: str) -> str:
     return next((names[cls] for cls in type(find_task(name)).__mro__ if cls in names), name)
 
 
-__all__ = ["TASKS", "Task", "default_physics", "find_task", "settings_of"]
+__all__ = ["TASKS", "Task", "default_physics", "find_task", "is_file", "settings_of"]

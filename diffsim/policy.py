@@ -1,0 +1,152 @@
+"""policy.pt2: a policy as a program that needs no script, for other people's programs and, as plain data, for play.
+
+The file is torch.export's. To load it with torch.export.load is to trust who made it: that function unpickles what the
+archive asks it to, and evaluates its expressions. So the same graph stands in it a second time as plain data, lists of
+names and numbers and the weights, and `read_policy` looks at nothing else: it can run PyTorch's core operations on
+tensors, and no other code.
+"""
+
+import base64
+import io
+import logging
+import operator
+import os
+import tempfile
+import warnings
+import zipfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ENTRY = "diffsim_policy"  # the plain data's name in the archive
+WORDS = (torch.dtype, torch.memory_format, torch.layout)
+PYTHON = {f.__name__: f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
+
+
+def import_compiler():
+    """What optimizers and torch.export import: it makes a folder for what might be compiled, here one that exists."""
+    unset = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    import torch._dynamo.package
+    import torch._inductor.compiler_bisector  # noqa: F401
+
+    if unset:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+def write_policy(policy: nn.Module, obs_dim: int, device, file, env: str = "", physics: str = ""):
+    """`policy`: obs (B, obs_dim) -> action (B, act_dim), for any B. Raises ValueError, one line, for a policy that is
+    no graph of PyTorch's core operations (one that branches on the values of its tensors, say)."""
+    example, said, buffer = (torch.zeros(2, obs_dim, device=device),), io.StringIO(), io.BytesIO()
+    import_compiler()
+    logging.disable(logging.CRITICAL)  # torch tells of a failure in three ways before it raises
+    try:
+        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(policy, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+            data = dict(graph=plain(program.run_decompositions()), obs_dim=obs_dim, env=env, physics=physics)
+            Policy(data)(example[0])
+            torch.save(data, buffer)
+            torch.export.save(program, file, extra_files={ENTRY: base64.b64encode(buffer.getvalue()).decode()})
+    except OSError:
+        raise
+    except Exception as e:
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise ValueError(f"the policy cannot be exported, so nobody could play it: {reason}") from e
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def plain(program: torch.export.ExportedProgram) -> dict:
+    """The graph as lists of names and numbers: weights by name, nodes (name, operation, args, kwargs), the output."""
+    tensors = {**program.state_dict, **program.constants}
+    kept = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    weights, nodes, output, obs = {}, [], None, None
+
+    def data(x):
+        if isinstance(x, torch.fx.Node):
+            return {"node": x.name}
+        if isinstance(x, WORDS):
+            return {"torch": str(x).removeprefix("torch.")}
+        if isinstance(x, torch.device):
+            return {"device": "of obs"}
+        return [data(y) for y in x] if isinstance(x, (list, tuple)) else x
+
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in kept:
+                weights[node.name] = tensors[kept[node.name]].detach().cpu()
+            else:
+                obs = node.name
+        elif node.op == "output":
+            ((output,),) = node.args
+        elif node.users:  # what none uses are assertions
+            op = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__
+            nodes.append((node.name, op, data(node.args), {k: data(v) for k, v in node.kwargs.items()}))
+    return dict(weights=weights, nodes=nodes, obs=obs, output=output.name)
+
+
+def operation(name: str):
+    """The operation of that name, if it is one of PyTorch's core operations: mathematics on tensors, no files."""
+    if name in PYTHON:
+        return PYTHON[name]
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if namespace != "aten" or not isinstance(found, torch._ops.OpOverload) or torch.Tag.core not in found.tags:
+        raise ValueError(f"{name} is none of PyTorch's core operations")
+    return found
+
+
+def word(name: str):
+    """torch.float32, torch.contiguous_format and the like, which torch.load does not read."""
+    found = getattr(torch, name)
+    if not isinstance(found, WORDS):
+        raise ValueError(f"torch.{name} is not a type of numbers or a layout")
+    return found
+
+
+class Policy(nn.Module):
+    """obs (B, obs_dim) -> action (B, act_dim), and what it was trained on: `env`, `physics`, `obs_dim`."""
+
+    def __init__(self, data: dict):
+        super().__init__()
+        self.env, self.physics, self.obs_dim = data["env"], data["physics"], data["obs_dim"]
+        graph = data["graph"]
+        self.weights, self.obs, self.output = dict(graph["weights"]), graph["obs"], graph["output"]
+        self.nodes = [(name, operation(op), args, kwargs) for name, op, args, kwargs in graph["nodes"]]
+
+    def forward(self, obs: Tensor) -> Tensor:
+        values = {**{k: w.to(obs.device) for k, w in self.weights.items()}, self.obs: obs}
+
+        def value(x):
+            if isinstance(x, dict):
+                return values[x["node"]] if "node" in x else obs.device if "device" in x else word(x["torch"])
+            return [value(y) for y in x] if isinstance(x, list) else x
+
+        for name, run, args, kwargs in self.nodes:
+            values[name] = run(*map(value, args), **{k: value(v) for k, v in kwargs.items()})
+        return values[self.output]
+
+
+def read_policy(path) -> Policy:
+    """The policy of a run folder or a policy.pt2. Raises ValueError, one line. Runs no code of the file's."""
+    path = Path(path)
+    path = path / "policy.pt2" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"no policy at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = [name for name in archive.namelist() if name.endswith(f"/extra/{ENTRY}")]
+            packed = base64.b64decode(archive.read(entry[0])) if entry else None
+        if packed is None:
+            raise ValueError("it holds no plain data: another program made it, or an older diffsim")
+        data = torch.load(io.BytesIO(packed), weights_only=True, map_location="cpu")
+        policy = Policy(data)
+        policy(torch.zeros(2, policy.obs_dim))
+    except Exception as e:
+        reason = " ".join(str(e).split())[:100] if type(e) is ValueError else type(e).__name__
+        raise ValueError(f"{path} is not a readable policy ({reason})") from None
+    return policy

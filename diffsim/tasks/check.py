@@ -1,0 +1,125 @@
+"""A task is tried when environments are made, on two copies and on one: before hours of training on it."""
+
+import math
+import os
+import traceback
+from numbers import Integral, Real
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffsim.tasks.base import Task
+
+DIFFSIM, PACKAGES = str(Path(__file__).parents[1]), str(Path(torch.__file__).parents[1])
+
+
+def instance(cls: type) -> Task:
+    """A task of a class. Raises ValueError, one line, for what is no class of tasks or cannot be made."""
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise ValueError(f"{cls!r} is no task: a name, a diffsim.Task or its class is wanted")
+    try:
+        return cls()
+    except Exception as e:
+        raise ValueError(f"{cls.__name__}() raised {described(e)}; a task is made without arguments") from e
+
+
+def check_settings(task: Task):
+    """Raises ValueError, one line, for a setting of a task that means nothing."""
+    name = type(task).__name__
+    if not hasattr(task, "xml"):
+        raise ValueError(f"{name} does not define xml: see diffsim.Task")
+    if not isinstance(task.xml, (str, Path)):
+        raise ValueError(f"{name}.xml is a {type(task.xml).__name__}; it must be the path of an MJCF file or its text")
+    if not (isinstance(task.control_dt, Real) and 0 < task.control_dt < math.inf):
+        raise ValueError(f"{name}.control_dt is {task.control_dt!r}; it must be a finite number of seconds above 0")
+    for setting in ("substeps", "max_episode_steps"):
+        value = getattr(task, setting)
+        if not (isinstance(value, Integral) and value >= 1):
+            raise ValueError(f"{name}.{setting} is {value!r}; it must be a whole number, at least 1")
+
+
+def check_methods(task: Task, model, differentiable: bool = False) -> int:
+    """Size of an observation. `differentiable`: the methods' arguments carry a gradient, as in a window.
+
+    Raises ValueError, one line, for a method that is missing, fails, changes its arguments, or returns anything but
+    finite tensors of the right shape, dtype and device.
+    """
+    if not model.nu:
+        raise ValueError(f"{type(task).__name__}.xml has no actuator: there is nothing to act with")
+    generator, obs_dim = torch.Generator(device=model.device).manual_seed(0), "obs_dim"
+    for count in (2, 1):  # a reset may ignore its count, a squeeze may take a batch of one for no batch
+        drawn = call(task, "reset", model, count, generator)
+        if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
+            found = f"{len(drawn)} values" if isinstance(drawn, (tuple, list)) else f"a {type(drawn).__name__}"
+            raise ValueError(f"{type(task).__name__}.reset returned {found}, expected two: qpos, qvel")
+        for x, rows in zip(drawn, (model.nq, model.nv)):
+            check(task, "reset", x, (rows, count), model, model.dtype)
+        arguments = dict(zip(("qpos", "qvel"), drawn), action=drawn[0].new_zeros(model.nu, count))
+        arguments = {k: x.detach().requires_grad_(differentiable) for k, x in arguments.items()}
+        qpos, qvel, action = arguments.values()
+        before = {k: x.clone() for k, x in arguments.items()}
+        reward = reward_method(task)
+        for method, given, shape, dtype in (
+            ("observe", (qpos, qvel, action), (obs_dim, count), model.dtype),
+            (reward, (qpos,) * (reward != "reward") + (qpos, qvel, action), (count,), model.dtype),
+            ("terminated", (qpos, qvel), (count,), torch.bool),
+        ):
+            x = call(task, method, *given)
+            check(task, method, x, shape, model, dtype)
+            for k, argument in arguments.items():
+                if not torch.equal(argument, before[k]):
+                    raise ValueError(f"{type(task).__name__}.{method} changes {k} in place; it must leave it as it is")
+            if method == "observe":
+                obs_dim = len(x)
+    return obs_dim
+
+
+def reward_method(task: Task) -> str:
+    """The one that a task defines."""
+    return "reward" if type(task).transition_reward is Task.transition_reward else "transition_reward"
+
+
+def check(task: Task, method: str, x, shape: tuple, model, dtype: torch.dtype):
+    """What a method returned, against a shape (rows, environments), in which a name stands for any number above 0."""
+    text = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+    copies = f"{shape[-1]} environment{'s' * (shape[-1] > 1)}"
+    wanted_device = torch.zeros(0, device=model.device).device
+    if not isinstance(x, Tensor):
+        found, wanted = f"a {type(x).__name__}", f"a tensor of the shape {text}"
+    elif len(x.shape) != len(shape) or any(a != b if isinstance(b, int) else a < 1 for a, b in zip(x.shape, shape)):
+        found, wanted = f"shape {tuple(x.shape)} for {copies}", f"the shape {text}"
+    elif x.dtype != dtype:
+        found, wanted = str(x.dtype), str(dtype)
+    elif x.device != wanted_device:
+        found, wanted = f"a tensor on {x.device}", f"one on {wanted_device}"
+    elif not torch.isfinite(x).all():
+        found, wanted = "a value that is not finite", "finite numbers"
+    else:
+        return
+    raise ValueError(f"{type(task).__name__}.{method} returned {found}, expected {wanted}")
+
+
+def call(task: Task, method: str, *args):
+    """What a method returns; its exception is one line that says where."""
+    try:
+        return getattr(task, method)(*args)
+    except Exception as e:
+        name = type(task).__name__
+        if isinstance(e, NotImplementedError) and str(e) == method:
+            raise ValueError(f"{name} does not define {method}: see diffsim.Task") from None
+        raise ValueError(f"{name}.{method} raised {described(e, getattr(type(task), method, None))}") from e
+
+
+def described(e: Exception, function=None) -> str:
+    """Type, message and place of an exception in one line: the deepest frame that is no library's, or the function."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(e.__traceback__)[1:]]
+    code = getattr(function, "__code__", None)  # called with arguments that it does not take, it has no frame
+    frames = ([(code.co_filename, code.co_firstlineno)] if code else []) + frames
+    own = [f for f in frames if not f[0].startswith((DIFFSIM, PACKAGES, "<"))]
+    place = own or [f for f in frames if f[0].startswith(DIFFSIM)]
+    text = f"{type(e).__name__}: {' '.join(str(e).split())}" if str(e) else type(e).__name__
+    if not place or isinstance(e, SyntaxError):  # which names its own
+        return text
+    file, line = place[-1]
+    return f"{text} ({min(file, os.path.relpath(file), key=len)}:{line})"
