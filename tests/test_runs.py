@@ -68,7 +68,7 @@ def test_a_complete_run_can_be_lengthened_and_every_column_is_explained(script, 
     engines = ["--physics", "mujoco"] + ["--eval-physics"] * (script != "rp_pgm_mb.py")
     run_script(script, *small(script, arm, tmp_path, total_timesteps=12), *engines)
     run, done = the_run(tmp_path), 6 if script == "rp_pgm_mb.py" else 3
-    said = run_script(script, "--resume", run, "--total-timesteps", 24)
+    said = run_script(script, "--resume", run, "--env", arm, "--total-timesteps", 24)
     assert "--total-timesteps 24, was 12: 50% of the run are done, were 100%; learning rates" in said
     assert f"{done} iterations to go; " in said
     assert checkpoint(run)["global_step"] == checkpoint(run)["args"]["total_timesteps"] == 24
@@ -108,7 +108,7 @@ def test_a_new_run_begins_with_the_networks_of_another(script, tmp_path):
     assert two["normalizer"]["count"] > one["normalizer"]["count"] > 20
     if off_policy:
         assert moved == 0 and two["buffer"]["count"] == 1 and not two["actor_optimizer"]["state"]
-    run_script(script, "--resume", new, "--stop-after", 2)  # is itself resumed, not begun again
+    run_script(script, "--resume", new, "--env", f"{task}:Mine", "--stop-after", 2)  # not begun again
     assert checkpoint(new)["iteration"] == 2
 
 
