@@ -79,19 +79,25 @@ class DiffsimPhysics:
 
 
 def cache_dir() -> Path:
-    """Where compiled physics is kept. It is machine code, so ValueError if another user owns it or may write there."""
-    path = Path(os.environ.get("DIFFSIM_CACHE", Path.home() / ".cache" / "diffsim"))
+    """Where compiled physics is kept. It is machine code: raises CacheError if others own it or may write there."""
+    path = Path(os.environ.get("DIFFSIM_CACHE", Path.home() / ".cache" / "diffsim")).absolute()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
     except OSError as e:
-        raise ValueError(f"no folder for compiled physics: {e}; set DIFFSIM_CACHE to one that can be written") from None
+        raise cannot_keep(path, e) from None
     if hasattr(os, "getuid"):
         if found.st_uid != os.getuid():
-            raise ValueError(f"compiled physics is machine code and {path} is another user's: set DIFFSIM_CACHE")
+            raise CacheError(f"compiled physics is machine code and {path} is another user's: set DIFFSIM_CACHE")
         if found.st_mode & 0o022:
-            raise ValueError(f"compiled physics is machine code and others may write to {path}: chmod 700 {path}")
+            raise CacheError(f"compiled physics is machine code and others may write to {path}: chmod 700 {path}")
     return path
+
+
+def cannot_keep(path: Path, error: Exception) -> CacheError:
+    why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    where = f"compiled physics cannot be kept in {path}: {why}"
+    return CacheError(f"{where}; set DIFFSIM_CACHE to another folder, or use --no-compile")
 
 
 def load_or_build(model: Model, num_envs: int):
@@ -99,7 +105,7 @@ def load_or_build(model: Model, num_envs: int):
 
     None, with a warning, where they cannot be compiled. Raises CacheError, one line, where they cannot be kept.
     """
-    entry = cache_dir().absolute() / f"{_key(model)}-{num_envs}"
+    entry = cache_dir() / f"{_key(model)}-{num_envs}"
     if entry in UNCOMPILED:
         return None
     try:
@@ -108,7 +114,6 @@ def load_or_build(model: Model, num_envs: int):
                 shutil.rmtree(folder)
         if functions := _load(entry, model.device):
             return functions
-        entry.parent.mkdir(parents=True, exist_ok=True)
         with _locked(entry):
             if functions := _load(entry, model.device):  # another process has built it meanwhile
                 return functions
@@ -119,9 +124,7 @@ def load_or_build(model: Model, num_envs: int):
                 return None
             return _load(entry, model.device)
     except (OSError, RuntimeError) as e:
-        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        where = f"compiled physics cannot be kept in {entry.parent}: {why}"
-        raise CacheError(f"{where}; set DIFFSIM_CACHE to another folder, or use --no-compile") from None
+        raise cannot_keep(entry.parent, e) from None
 
 
 def compiled_batches(model: Model) -> list[int]:
