@@ -244,7 +244,6 @@ class Run:
                 record(self.folder, self.folder / "video.mp4")
         video = "" if self.env.mj_model is None else f" --video {self.folder / 'video.mp4'}"
         self._say(f"done; watch it: {python} -m diffsim.play {self.folder}{named}{video}")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python cleans up, too, no traceback
 
     def _say(self, text: str, end: str = "\n"):
         """A line on stdout. When nobody reads it any more (`| head`), the run is saved and ends, as after Ctrl-C."""

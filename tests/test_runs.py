@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
 import diffsim
+from diffsim.program import is_ours
 from diffsim.run_files import provenance
 from tests import ROOT, SCRIPTS, command_line, play, rows, run_script, the_run
 from tests.test_scripts import small
@@ -66,7 +68,7 @@ def test_a_complete_run_can_be_lengthened_and_every_column_is_explained(script, 
     engines = ["--physics", "mujoco"] + ["--eval-physics"] * (script != "rp_pgm_mb.py")
     run_script(script, *small(script, arm, tmp_path, total_timesteps=12), *engines)
     run, done = the_run(tmp_path), 6 if script == "rp_pgm_mb.py" else 3
-    said = run_script(script, "--resume", run, "--total-timesteps", 24)
+    said = run_script(script, "--resume", run, "--env", arm, "--total-timesteps", 24)
     assert "--total-timesteps 24, was 12: 50% of the run are done, were 100%; learning rates" in said
     assert f"{done} iterations to go; " in said
     assert checkpoint(run)["global_step"] == checkpoint(run)["args"]["total_timesteps"] == 24
@@ -106,7 +108,7 @@ def test_a_new_run_begins_with_the_networks_of_another(script, tmp_path):
     assert two["normalizer"]["count"] > one["normalizer"]["count"] > 20
     if off_policy:
         assert moved == 0 and two["buffer"]["count"] == 1 and not two["actor_optimizer"]["state"]
-    run_script(script, "--resume", new, "--stop-after", 2)  # is itself resumed, not begun again
+    run_script(script, "--resume", new, "--env", f"{task}:Mine", "--stop-after", 2)  # not begun again
     assert checkpoint(new)["iteration"] == 2
 
 
@@ -149,7 +151,9 @@ def test_play_takes_sensible_numbers_only(cartpole):
         assert said.startswith(f"diffsim.play: --{flag} is {value}; it must be") and len(said.splitlines()) == 1
 
 
-def test_play_tells_the_speed_of_robots_that_run(cartpole, tmp_path):
+def test_play_tells_the_speed_of_robots_that_run(cartpole, tmp_path, monkeypatch):
+    for name in ("cartpole", "hopper"):
+        monkeypatch.setattr(diffsim.TASKS[name], "max_episode_steps", 3)
     assert "speed" not in play(cartpole, "--episodes", 1).stdout
     assert {name for name, task in diffsim.TASKS.items() if not task.runs} == {"cartpole"}
     run_script("shac.py", *small("shac.py", "hopper", tmp_path, stop_after=1))
@@ -178,11 +182,21 @@ def test_ctrl_c_at_any_time_is_one_line(delay, cartpole, tmp_path):
             os.killpg(program.pid, 0)
 
 
-def test_other_programs_keep_their_ctrl_c():
-    code = "import signal, diffsim; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
-    program = python("-c", code)
-    said = program.communicate()[0]
-    assert program.returncode == 0, said
+def test_other_programs_keep_their_ctrl_c(tmp_path, monkeypatch):
+    fork, notebook = tmp_path / "my_idea.py", types.ModuleType("__main__")
+    fork.write_text((ROOT / "shac.py").read_text())
+    (tmp_path / "other.py").write_text("import diffsim\n")
+    files = {ROOT / name: True for name in SCRIPTS} | {fork: True, tmp_path / "other.py": False, tmp_path / "no": False}
+    assert not is_ours()  # pytest
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    assert not is_ours()
+    for file, ours in files.items():
+        monkeypatch.setattr(notebook, "__file__", str(file), raising=False)
+        assert is_ours() == ours
+    for module, ours in (("diffsim.play", True), ("diffsim", True), ("diffsimilar", False), ("pytest", False)):
+        monkeypatch.setattr(sys, "argv", ["-m"])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-W", "ignore", "-m", module])
+        assert is_ours() == ours
 
 
 def test_a_reader_that_leaves_is_not_told(cartpole):
