@@ -22,6 +22,10 @@ def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softnes
     Args: `xml` a path or the text of a file; `timestep` replaces the file's, seconds; `softness`: None for the default.
     Raises: ValueError when MuJoCo cannot read it, UnsupportedError naming the first element diffsim lacks.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError):
+        raise ValueError(f"unknown device '{device}', or one that is not here; use cpu or cuda") from None
     mj_model, name = read(xml)
     if timestep is not None:
         mj_model.opt.timestep = timestep

@@ -10,6 +10,7 @@ The gradient contract:
 
 import warnings
 from functools import partial
+from numbers import Integral
 
 import gymnasium
 import numpy as np
@@ -99,6 +100,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         the same step later on.
         """
         if seed is not None:
+            if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+                raise ValueError(f"seed is {seed!r}; it must be an integer between 0 and 2^63 - 1")
             self._generator.manual_seed(seed)
             self._starts = [x[:, :0] for x in self._starts]
         self._start(*self._fresh(self.num_envs))
@@ -119,7 +122,10 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         info: "final_obs" (B, obs_dim), before any reset; "episode" {"r", "l"} with the mask "_episode", for
         episodes that ended in this step; "nonfinite" (B,), episodes ended because their state was not finite.
         """
-        action = torch.as_tensor(action, device=self.device, dtype=self.dtype)
+        try:
+            action = torch.as_tensor(action, device=self.device, dtype=self.dtype)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"action is a {type(action).__name__}, expected numbers (num_envs, nu)") from None
         if action.shape != (self.num_envs, self.model.nu):
             raise ValueError(f"action has shape {tuple(action.shape)}, expected {(self.num_envs, self.model.nu)}")
         action = torch.clamp(action, -1.0, 1.0).T  # (nu, B)
@@ -230,6 +236,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
 
     def set_state(self, state: dict[str, Tensor]):
         """Continue from a `get_state` of an environment with as many copies of the same robot."""
+        if missing := self.get_state().keys() - state.keys():
+            raise ValueError(f"state has no {', '.join(sorted(missing))}: it is none of get_state")
         if state["qpos"].shape != self.qpos.shape:
             raise ValueError(f"state has qpos {tuple(state['qpos'].shape)}, this environment {tuple(self.qpos.shape)}")
         for name, value in state.items():

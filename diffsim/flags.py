@@ -1,8 +1,9 @@
 """The flags of a script: their bounds, those that all scripts share, and what is wrong with them in one line."""
 
+import io
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
@@ -102,6 +103,22 @@ def explain(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
+def cli(Args, **how):
+    """tyro.cli, whose box of ten lines around an error becomes one line."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(Args, **how)
+    except SystemExit as stopped:
+        if stopped.code != 2:
+            raise
+    lines = [line.strip("│╭╮╰╯ ") for line in said.getvalue().strip().splitlines()[1:]]  # without the title
+    text = " ".join("\n" if set(line) <= {"─", "-"} else line for line in lines)
+    parts = [part for part in text.split("\n") if part.strip()]
+    meant = [part.split()[3] for part in parts if part.split()[:3] == ["Perhaps", "you", "meant:"]]
+    fail(f"{parts[0].strip()}{f' (perhaps {meant[0]}?)' if meant else ''}; --help lists all flags")
+
+
 def bounds(hint) -> list[Bound]:
     """Those of a type, and of the types in it: `Count | None`, `tuple[Count, ...]`."""
     own = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Bound)]
@@ -155,7 +172,7 @@ def parse(Args, defaults: dict):
         if unknown := set(settings) - {f.name for f in fields(Args)}:
             fail(f'DEFAULTS["{key}"] sets {", ".join(sorted(unknown))}, which is no field of Args')
     argv = [a for a in sys.argv[1:] if a not in ("-h", "--help")]  # so that --help shows the task's settings
-    args = tyro.cli(Args, args=argv)
+    args = cli(Args, args=argv)
     if args.resume is not None:
         default = replace(of_checkpoint(Args, "--resume", args.resume), resume=args.resume, stop_after=None)
         if is_file(default.env) and args.env != default.env:
@@ -168,7 +185,7 @@ def parse(Args, defaults: dict):
         for key in (f"on {physics}", name, f"{name} on {physics}"):
             settings |= defaults.get(key, {})
         default = replace(args, physics=physics, **settings)
-    final = tyro.cli(Args, default=default)
+    final = cli(Args, default=default)
     if args.resume is not None:
         for key, value in vars(final).items():
             if key not in ("stop_after", "total_timesteps") and value != getattr(default, key):

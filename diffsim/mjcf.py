@@ -88,7 +88,7 @@ def read(xml) -> tuple[mujoco.MjModel, str]:
     except (OSError, TypeError, ValueError):  # no name that a file could have
         found = False
     if not found:
-        raise ValueError(f"cannot read MJCF {name}: no such file")
+        raise ValueError(f"cannot read MJCF {name or repr(xml)}: no such file")
     warn = mujoco.get_mju_user_warning()
     try:
         mujoco.set_mju_user_warning(lambda message: None)  # else on stderr and in a file MUJOCO_LOG.TXT

@@ -5,7 +5,9 @@ four hips are one group and its four ankles another, so its four legs are simula
 wide. Every tensor below has one row per joint of a group, `(n, 1)`, and broadcasts over environments `(n, B)`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import inf
+from numbers import Real
 
 import mujoco
 import torch
@@ -28,6 +30,11 @@ class Softness:
     limit_width: float = 0.01  # rad or m
     limit_depth: float = 0.03  # rad or m
     slip: float = 0.02  # m/s, regularisation of Coulomb friction
+
+    def __post_init__(self):
+        for name, x in asdict(self).items():
+            if not (isinstance(x, Real) and 0 < x < inf):
+                raise ValueError(f"{name} of the softness is {x!r}; it must be above 0, and finite")
 
     def widened(self, factor: float) -> "Softness":
         """The same law over `factor` times the widths."""

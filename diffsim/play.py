@@ -13,7 +13,7 @@ import tyro
 import diffsim
 from diffsim.builder import without_margins
 from diffsim.dynamics import contact_points
-from diffsim.flags import Bound, Seed, check_bounds
+from diffsim.flags import Bound, Seed, check_bounds, cli
 from diffsim.gymnasium_env import GymnasiumEnv
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.physics import compiled_batches
@@ -181,10 +181,10 @@ def record(run: Path, video: Path):
 
 def main():
     start()
-    args = tyro.cli(Args)
+    args = cli(Args)
     try:
         check_bounds(args)
-        if args.video:
+        if args.video is not None:
             check_path(args.video)
         policy = read_policy(args.policy)
         name, physics = args.env or policy.env, args.physics or policy.physics
