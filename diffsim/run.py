@@ -203,15 +203,14 @@ class Run:
         if self.stuck:
             self._stop(f"no gradient of the last {self.left_out} rows was finite: the policy stands still")
 
-    @torch.no_grad()
     def _nonfinite_tensors(self) -> list[str]:
         """Names of the parameters, buffers and environments' states that are not finite: "critic.members.0.0.bias"."""
-        modules = {k: x for k, x in self.parts.items() if isinstance(x, torch.nn.Module)}
+        modules = {k: x for k, x in self.parts.items() if hasattr(x, "named_buffers")}
         tensors = {f"env.{k}": x for k, x in self.env.state_dict().items()}
         for k, module in modules.items():
             tensors |= {f"{k}.{n}": x for n, x in (*module.named_parameters(), *module.named_buffers())}
         tensors |= {f"policy.{n}": x for n, x in self.policy.named_parameters()}  # bounds of actions may be infinite
-        tensors = {n: x for n, x in tensors.items() if x.is_floating_point()}
+        tensors = {n: x.detach() for n, x in tensors.items() if x.is_floating_point()}
         if not tensors or torch.cat([x.flatten().to(self.env.device) for x in tensors.values()]).sum().isfinite():
             return []
         return [n for n, x in tensors.items() if not torch.isfinite(x).all()]

@@ -334,7 +334,7 @@ def test_another_robots_checkpoint_is_one_line(tmp_path, refused):
     task.write_text(text)
     run_script("shac.py", *small("shac.py", f"{task}:Mine", tmp_path / "runs", stop_after=1))
     task.write_text(f"{text}    def observe(self, qpos, qvel, action):\n        return qvel\n")
-    said = refused("shac.py", "--resume", the_run(tmp_path / "runs"))
+    said = refused("shac.py", "--resume", the_run(tmp_path / "runs"), "--env", f"{task}:Mine")
     assert "another version" in said
 
 
@@ -407,7 +407,7 @@ def test_resume_is_exact_and_a_policy_needs_no_script(script, arm, tmp_path):
     run_script(script, *small(script, run_dir=tmp_path / "c", seed=2, **flags))  # leaves other random numbers
     resume = run_fresh if script == "shac.py" else run_script
     run = the_run(tmp_path / "b")
-    out = resume(script, "--resume", run)
+    out = resume(script, "--resume", run, "--env", arm)
     assert "done; watch it" in out
     a, b, c = (rows(tmp_path / x) for x in "abc")
     assert a == b and a != c and float(a[-1]["eval_return"]) < 0
@@ -426,7 +426,7 @@ def test_a_run_that_is_done_stays_done(arm, tmp_path):
     flags = small("shac.py", arm, tmp_path, total_timesteps=8)
     run_script("shac.py", *flags)
     before = rows(tmp_path)
-    said = run_script("shac.py", "--resume", the_run(tmp_path)).strip()
+    said = run_script("shac.py", "--resume", the_run(tmp_path), "--env", arm).strip()
     assert said == f"--resume {the_run(tmp_path)} is complete, 8 steps: a larger --total-timesteps lengthens it"
     assert rows(tmp_path) == before
 
