@@ -169,8 +169,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         env = int(nonfinite.nonzero()[0])
         bad = [name for name, x in (("action", action), ("qpos", qpos)) if not torch.isfinite(x[:, env]).all()]
         warnings.warn(
-            f"{int(nonfinite.sum())} environment(s) ended: {(bad or ['qvel'])[0]} of environment {env} is not finite or exploded "
-            f"at step {int(self.episode_length[env])} of its episode",
+            f"{int(nonfinite.sum())} environment(s) ended: {(bad or ['qvel'])[0]} of environment {env} is not finite "
+            f"or exploded at step {int(self.episode_length[env])} of its episode",
             stacklevel=3,
         )
 
@@ -241,7 +241,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         """
         before = self.get_state()
         if differ := before.keys() ^ state.keys():
-            raise ValueError(f"state has too few or too many keys ({', '.join(sorted(differ))}): it is none of get_state")
+            raise ValueError(f"state lacks or has further keys ({', '.join(sorted(differ))}): none of get_state")
         for name, own in before.items():
             if not isinstance(state[name], Tensor):
                 raise ValueError(f"state has {name} as {type(state[name]).__name__}, it must be a tensor")

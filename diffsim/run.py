@@ -71,7 +71,7 @@ class Run:
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
         self.best = -inf  # return of the best evaluation
-        self.interrupted, self.nonfinite = False, []  # nonfinite: tags of the last row
+        self.interrupted, self.nonfinite = 0, []  # by this signal; tags of the last row
         sys.excepthook = explain
         import_compiler()
         if args.device == "cpu":
@@ -167,11 +167,14 @@ class Run:
             done, of_before = (f"{self.global_step / steps:.0%}" for steps in (total, before))
             said = f"--total-timesteps {total}, was {before}: {done} of the run are done, were {of_before}"
             self._say(f"{said}; learning rates that fall over a run go by that share")
+        if not (self.folder / "metrics.csv").exists():
+            self._say(f"--resume {self.folder}: no metrics.csv there; a new one begins at step {self.global_step:,}")
         with one_line_errors():
             return read_rows(self.folder / "metrics.csv", self.global_step)
 
     def __iter__(self):
-        signal.signal(signal.SIGINT, self._interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
         while self.iteration < self.end and not self.interrupted:
             self.global_step += self.steps
             self.lap_start = time.time()
@@ -190,7 +193,8 @@ class Run:
         with self._writing():
             self.save()
             self.writer.close()
-        signal.signal(signal.SIGINT, unwind)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, unwind)
         self._say_last_words()
 
     def _stop_at_nan(self):
@@ -224,11 +228,12 @@ class Run:
         print(f"{script()}.py: iteration {self.global_step // self.steps - 1}: {why}; {before}", file=sys.stderr)
         raise SystemExit(1)
 
-    def _interrupt(self, *_):
-        """Ctrl-C lets the iteration finish, so that what is saved can be resumed bit for bit; twice: at once."""
+    def _interrupt(self, number, *_):
+        """Ctrl-C, or a cluster's SIGTERM, lets the iteration finish, so that what is saved can be resumed bit for bit;
+        twice: at once."""
         if self.interrupted:
-            unwind()
-        self.interrupted = True
+            unwind(number)
+        self.interrupted = number
         tell("finishing this iteration; Ctrl-C again: at once, unsaved")
 
     def _say_last_words(self):
@@ -238,7 +243,7 @@ class Run:
         if self.iteration < self.total:
             said = "interrupted and saved" if self.interrupted else "saved"
             self._say(f"{said}; continue with: {python} {sys.argv[0]} --resume {self.folder}{named}")
-            sys.exit(130 if self.interrupted else 0)
+            sys.exit(128 + self.interrupted if self.interrupted else 0)
         if self.args.capture_video:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
@@ -246,12 +251,12 @@ class Run:
         self._say(f"done; watch it: {python} -m diffsim.play {self.folder}{named}{video}")
 
     def _say(self, text: str, end: str = "\n"):
-        """A line on stdout. When nobody reads it any more (`| head`), the run is saved and ends, as after Ctrl-C."""
+        """A line on stdout. When that fails (`| head`, a full disk), the run is saved and ends, as after Ctrl-C."""
         try:
             print(text, end=end, flush=True)
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.interrupted = True
+            self.interrupted = signal.SIGINT
 
     @property
     def last(self) -> bool:

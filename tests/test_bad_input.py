@@ -451,7 +451,8 @@ def test_a_call_is_refused(call, said, files):
     ARM = open(files["tasks"]).read().split('"""')[3]
     names = dict(
         diffsim=diffsim, torch=torch, np=np, gymnasium=gymnasium, make=diffsim.make, env=env, nan=nan, inf=inf,
-        pendulum=pendulum, other=diffsim.make("hopper", 2, compile=False), load_model=diffsim.load_model, Softness=diffsim.Softness,
+        pendulum=pendulum,
+        other=diffsim.make("hopper", 2, compile=False), load_model=diffsim.load_model, Softness=diffsim.Softness,
         load_policy=player.load_policy, playback_env=player.playback_env, FOLDER=files["folder"],
         BINARY=files["binary"], find_task=diffsim.find_task, default_physics=diffsim.default_physics,
         settings_of=diffsim.settings_of, ARM=ARM,
