@@ -13,6 +13,7 @@ import torch
 import diffsim
 from diffsim import memory, physics
 from diffsim.flags import explain
+from diffsim.play import playback_env
 from tests import ROOT, SCRIPTS, WINDOWS, run_script, the_run
 
 
@@ -80,6 +81,11 @@ def test_a_cache_that_cannot_be_written_is_one_line(where, tmp_path, refused, mo
     monkeypatch.setenv("DIFFSIM_CACHE", str(tmp_path / where))
     args = ["--env", "cartpole", "--num-envs", 3, "--run-dir", tmp_path]
     assert f"cannot be kept in {tmp_path / where}: " in (said := refused("shac.py", *args)) and "DIFFSIM_CACHE" in said
+
+
+def test_play_needs_no_cache(monkeypatch):
+    monkeypatch.setenv("DIFFSIM_CACHE", "/proc/x")
+    assert playback_env("cartpole", 2).num_envs == 2
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_where_mujoco_runs(tmp_path, monkeypatch, capsys):

@@ -412,6 +412,25 @@ def test_a_signal_saves_and_a_second_one_ends_at_once(name, code, still, capfd):
         assert said.err.count("interrupted") == times - 1
 
 
+def test_two_processes_do_not_write_one_run(still, tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    run = still(stop_after=2, run_dir=str(tmp_path / "my runs"))
+    with pytest.raises(SystemExit):
+        for _ in run:
+            run.log({"losses/kl": 1.0})
+    assert f"--resume '{run.folder}'" in capsys.readouterr().out  # to be pasted
+    files = {file: file.read_bytes() for file in run.folder.iterdir()}
+    other = os.open(run.folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)  # as the other process does
+    with pytest.raises(SystemExit, match="2"):
+        still(resume=str(run.folder))
+    assert capsys.readouterr().err == f"idea.py: another process is at work on {run.folder}: end it first\n"
+    assert files == {file: file.read_bytes() for file in run.folder.iterdir()}
+    os.close(other)
+    for _ in still(resume=str(run.folder)):
+        pass
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
 def test_a_full_disk_under_stdout_saves_the_run(still, monkeypatch, capfd):
     run = still()
