@@ -46,7 +46,10 @@ def draw(panels: Panels, path: Path):
         column[0].set_title(title)
         column[0].legend(fontsize=7)
     figure.supylabel("return while training", fontsize="medium")
-    figure.savefig(path, dpi=100)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as e:  # ValueError: a suffix that is no format
+        sys.exit(f"plot.py: cannot write {path}: {getattr(e, 'strerror', None) or e}")
 
 
 def committed(which: str, *envs: str) -> Panels:

@@ -20,6 +20,8 @@ import tyro
 from mujoco import rollout
 from train import FOLDERS, commit, diffsim
 
+from diffsim.flags import one_line_errors
+
 HORIZON, REPEATS = 32, 5  # control steps of a window; measurements, of which the median is kept
 
 
@@ -67,7 +69,8 @@ if __name__ == "__main__":
     path = args.results / "throughput.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     for batch in args.batches:
-        env = diffsim.make(args.env, batch, physics="diffsim", compile=args.compile)
+        with one_line_errors():
+            env = diffsim.make(args.env, batch, physics="diffsim", compile=args.compile)
         env.reset()
         actions = (0.3 * torch.randn(HORIZON, batch, env.model.nu)).clamp(-1, 1).requires_grad_()
         window(env, actions[:1], True)  # compiles

@@ -54,6 +54,7 @@ def make(
     for name, value, low, high in (("num_envs", num_envs, 1, 2**53), ("seed", seed, 0, 2**32 - 1)):
         if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
             raise ValueError(f"{name} is {value!r}; it must be an integer between {low} and {high}")
+    num_envs, seed = int(num_envs), int(seed)  # NumPy's are integers, too
     for name, value in (("stiffness", stiffness), ("smoothing", smoothing)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf):
             raise ValueError(f"{name} is {value!r}; it must be a number above 0, and finite")

@@ -5,7 +5,8 @@ The gradient contract:
 - an environment whose episode ends starts a new one in the same step: `obs` is then the new episode's first
   observation and carries no gradient; `info["final_obs"]` is the last of the old one and does;
 - actions are clipped to [-1, 1], with zero gradient outside, and scaled to the actuators' ctrlrange;
-- a state that is no longer finite ends its own episode (reward 0), and no gradient flows through that step.
+- a state that is no longer finite, or an action that is NaN, ends its own episode (reward 0), and no gradient flows
+  through that step.
 """
 
 import warnings
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from diffsim import memory
 from diffsim.builder import SelfCollisionWarning, load_model
+from diffsim.gymnasium_env import as_action
 from diffsim.model import Softness
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.numpy_env import NumpyVectorEnv
@@ -100,10 +102,12 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         the same step later on.
         """
         if seed is not None:
-            if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+            if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
                 raise ValueError(f"seed is {seed!r}; it must be an integer between 0 and 2^63 - 1")
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(int(seed))
             self._starts = [x[:, :0] for x in self._starts]
+        if options is not None and (not isinstance(options, dict) or options.keys() - {"stagger"}):
+            raise ValueError(f'options is {options!r}; it must be {{"stagger": True}}, or nothing')
         self._start(*self._fresh(self.num_envs))
         if (options or {}).get("stagger"):
             self.episode_length.random_(0, self.max_episode_steps, generator=self._generator)
@@ -122,21 +126,17 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         info: "final_obs" (B, obs_dim), before any reset; "episode" {"r", "l"} with the mask "_episode", for
         episodes that ended in this step; "nonfinite" (B,), episodes ended because their state was not finite.
         """
-        try:
-            action = torch.as_tensor(action, device=self.device, dtype=self.dtype)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"action is a {type(action).__name__}, expected numbers (num_envs, nu)") from None
-        if action.shape != (self.num_envs, self.model.nu):
-            raise ValueError(f"action has shape {tuple(action.shape)}, expected {(self.num_envs, self.model.nu)}")
+        action = as_action(action, self.action_space.shape, self.device, self.dtype)
         action = torch.clamp(action, -1.0, 1.0).T  # (nu, B)
         ctrl = self.ctrl(action)
         qpos, qvel = self.physics.step(self.qpos, self.qvel, ctrl)
         self.episode_length = self.episode_length + 1
 
-        nonfinite = ~(torch.isfinite(qpos).all(0) & (qvel.detach().abs().amax(0) < EXPLODED))
+        whole = torch.isfinite(qpos).all(0) & torch.isfinite(action).all(0)
+        nonfinite = ~(whole & (qvel.detach().abs().amax(0) < EXPLODED))
         any_nonfinite = bool(nonfinite.any())
         if any_nonfinite:
-            self._report(nonfinite, qpos, qvel)
+            self._report(nonfinite, qpos, action)
             qpos, qvel, action = self._replace(nonfinite, qpos, qvel, action)
         final_obs = self._observe(qpos, qvel, action)
         reward = self.task.transition_reward(self.qpos, qpos, qvel, action)
@@ -165,12 +165,12 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         fresh_qpos[:, index], fresh_qvel[:, index] = self._fresh(len(index))
         return torch.where(mask, fresh_qpos, qpos), torch.where(mask, fresh_qvel, qvel), torch.where(mask, 0.0, action)
 
-    def _report(self, nonfinite, qpos, qvel):
+    def _report(self, nonfinite, qpos, action):
         env = int(nonfinite.nonzero()[0])
-        name = "qpos" if not bool(torch.isfinite(qpos[:, env]).all()) else "qvel"
+        bad = [name for name, x in (("action", action), ("qpos", qpos)) if not torch.isfinite(x[:, env]).all()]
         warnings.warn(
-            f"{int(nonfinite.sum())} environment(s) ended: {name} of environment {env} is not finite or exploded "
-            f"at step {int(self.episode_length[env])} of its episode",
+            f"{int(nonfinite.sum())} environment(s) ended: {(bad or ['qvel'])[0]} of environment {env} is not finite "
+            f"or exploded at step {int(self.episode_length[env])} of its episode",
             stacklevel=3,
         )
 
@@ -235,15 +235,21 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         return {**state, "generator": self._generator.get_state()}
 
     def set_state(self, state: dict[str, Tensor]):
-        """Continue from a `get_state` of an environment with as many copies of the same robot."""
-        if missing := self.get_state().keys() - state.keys():
-            raise ValueError(f"state has no {', '.join(sorted(missing))}: it is none of get_state")
-        if state["qpos"].shape != self.qpos.shape:
-            raise ValueError(f"state has qpos {tuple(state['qpos'].shape)}, this environment {tuple(self.qpos.shape)}")
-        for name, value in state.items():
-            if name not in ("generator", "start_qpos", "start_qvel"):
-                setattr(self, name, value.to(self.device).clone())
-        self._starts = [state[n].to(self.device).clone() for n in ("start_qpos", "start_qvel")]
+        """Continue from a `get_state` of an environment with as many copies of the same robot.
+
+        Raises ValueError, one line, for all else. Tensors may be of another precision or device.
+        """
+        before = self.get_state()
+        if differ := before.keys() ^ state.keys():
+            raise ValueError(f"state lacks or has further keys ({', '.join(sorted(differ))}): none of get_state")
+        for name, own in before.items():
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"state has {name} as {type(state[name]).__name__}, it must be a tensor")
+            if not name.startswith("start_") and state[name].shape != own.shape:
+                raise ValueError(f"state has {name} {tuple(state[name].shape)}, this environment {tuple(own.shape)}")
+        for name in ("qpos", "qvel", "last_action", "episode_length", "episode_return"):
+            setattr(self, name, state[name].to(before[name]).clone())
+        self._starts = [state[n].to(self.qpos.detach()).clone() for n in ("start_qpos", "start_qvel")]
         self._generator.set_state(state["generator"].cpu())
 
     state_dict, load_state_dict = get_state, set_state

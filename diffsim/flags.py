@@ -27,7 +27,7 @@ class Bound(NamedTuple):
     words: str
 
 
-SMALLEST, LARGEST = 5e-324, sys.float_info.max  # above 0, below infinity
+SMALLEST, LARGEST = 1e-38, 1e38  # of float32
 CORES = os.cpu_count() or 1
 Count = Annotated[int, Bound(1, 2**53, "between 1 and 2^53")]
 Natural = Annotated[int, Bound(0, 2**53, "between 0 and 2^53")]
@@ -35,10 +35,10 @@ Few = Annotated[int, Bound(1, 100_000, "between 1 and 100,000")]  # within one i
 Threads = Annotated[int, Bound(1, max(256, CORES), f"between 1 and {max(256, CORES)}: this machine has {CORES} cores")]
 Ratio = Annotated[float, Bound(SMALLEST, 1000, "above 0 and at most 1000")]
 Seed = Annotated[int, Bound(0, 2**32 - 1, "between 0 and 2^32 - 1")]
-Number = Annotated[float, Bound(-LARGEST, LARGEST, "a finite number")]
-Rate = Annotated[float, Bound(SMALLEST, LARGEST, "above 0, and finite")]
+Number = Annotated[float, Bound(-LARGEST, LARGEST, "between -1e38 and 1e38")]
+Rate = Annotated[float, Bound(SMALLEST, 1e30, "above 0 (1e-38) and at most 1e30")]  # torch multiplies it
 Norm = Annotated[float, Bound(SMALLEST, inf, "above 0")]
-Weight = Annotated[float, Bound(0, LARGEST, "at least 0, and finite")]
+Weight = Annotated[float, Bound(0, LARGEST, "between 0 and 1e38")]
 Clip = Annotated[float, Bound(0, inf, "at least 0")]
 Fraction = Annotated[float, Bound(0, 1, "between 0 and 1")]
 Decay = Annotated[float, Bound(0, 1 - 1e-9, "at least 0 and below 1")]

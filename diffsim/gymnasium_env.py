@@ -15,6 +15,17 @@ def is_gymnasium_id(name: str) -> bool:
     return name in gymnasium.registry and not name.startswith("diffsim/")
 
 
+def as_action(action, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """What a caller steps with as a tensor of that shape, its graph kept. Raises ValueError, one line."""
+    try:
+        action = torch.as_tensor(action, device=device, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"action is a {type(action).__name__}, expected numbers of shape {shape}") from None
+    if action.shape != shape:
+        raise ValueError(f"action has shape {tuple(action.shape)}, expected {shape}")
+    return action
+
+
 class GymnasiumEnv:
     """`num_envs` copies of `gymnasium.make(name, **kwargs)` with Box spaces, reset in the step that ends an episode.
 
@@ -70,12 +81,16 @@ class GymnasiumEnv:
         print(f"{self.name} cannot be saved: its episodes start anew, everything else goes on")
         self.reset()
 
+    def close(self):
+        self.envs.close()
+
     def diagnostics(self) -> dict[str, float]:
         return {}
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """action (B, act_dim) -> obs (B, obs_dim), reward, terminated, truncated (B,), info."""
         space = self.single_action_space
+        action = as_action(action, self.envs.action_space.shape, self.device, torch.float32)
         obs, reward, terminated, truncated, infos = self.envs.step(
             np.clip(action.detach().numpy(), space.low, space.high).astype(space.dtype)
         )

@@ -68,7 +68,8 @@ class MujocoPhysics:
         state = np.zeros((batch, self.size))  # time, qpos, qvel
         state[:, 1 : 1 + m.nq] = qpos.detach().T.cpu().numpy()
         state[:, 1 + m.nq : 1 + m.nq + m.nv] = qvel.detach().T.cpu().numpy()
-        control = np.repeat(ctrl.detach().T.cpu().double().numpy()[:, None], self.substeps, 1)
+        ctrl = ctrl.detach().nan_to_num()  # MuJoCo would log it; whoever steps with a NaN ends the episode
+        control = np.repeat(ctrl.T.cpu().double().numpy()[:, None], self.substeps, 1)
         trajectory, _ = self.pool.rollout(m, self.data, state, np.ascontiguousarray(control))
         last = torch.from_numpy(np.ascontiguousarray(trajectory[:, -1].T)).to(qpos)
         return last[1 : 1 + m.nq].contiguous(), last[1 + m.nq : 1 + m.nq + m.nv].contiguous()

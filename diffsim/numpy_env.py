@@ -5,6 +5,8 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
+from diffsim.gymnasium_env import as_action
+
 
 def _array(x) -> np.ndarray:
     return x.detach().cpu().numpy().copy()
@@ -32,7 +34,7 @@ class NumpyVectorEnv(gymnasium.vector.VectorEnv):
     @torch.no_grad()
     def step(self, action: np.ndarray):
         """action (B, nu) -> obs (B, obs_dim), reward, terminated, truncated (B,), info."""
-        obs, reward, terminated, truncated, tensors = self.env.step(torch.as_tensor(np.asarray(action)))
+        obs, reward, terminated, truncated, tensors = self.env.step(action)
         info = {}
         if "episode" in tensors:
             mask = _array(tensors["_episode"])
@@ -56,12 +58,12 @@ class NumpyEnv(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         """Observation (obs_dim,), float32."""
         super().reset(seed=seed)
-        obs, _ = self.env.reset(seed=seed)
+        obs, _ = self.env.reset(seed=seed, options=options)
         return _array(obs[0]), {}
 
     @torch.no_grad()
     def step(self, action: np.ndarray):
         """action (nu,) -> obs (obs_dim,), reward, terminated, truncated, info."""
-        action = torch.as_tensor(np.asarray(action, np.float32))[None]
+        action = as_action(action, self.action_space.shape, "cpu", torch.float32)[None]
         _, reward, terminated, truncated, info = self.env.step(action)
         return _array(info["final_obs"][0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}

@@ -80,7 +80,7 @@ class DiffsimPhysics:
 
 def cache_dir() -> Path:
     """Where compiled physics is kept. It is machine code: raises CacheError if others own it or may write there."""
-    path = Path(os.environ.get("DIFFSIM_CACHE", Path.home() / ".cache" / "diffsim")).absolute()
+    path = Path(os.environ.get("DIFFSIM_CACHE") or Path.home() / ".cache" / "diffsim").absolute()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()

@@ -47,11 +47,11 @@ def name_glfw():
         os.environ.setdefault("PYGLFW_LIBRARY", library)
 
 
-def unwind(*_):
-    """Ctrl-C after that: child processes and temporary files go, too. Again: at once."""
+def unwind(number, *_):
+    """Ctrl-C after that, or SIGTERM: child processes and temporary files go, too. Again: at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     tell("interrupted")
-    sys.exit(130)
+    sys.exit(128 + number)
 
 
 def silence(failure):
@@ -66,12 +66,16 @@ def start():
     """First call of a program's main: Ctrl-C is one line, `| head` none, and stdout may be closed."""
     import threading
 
-    signal.signal(signal.SIGINT, unwind)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, unwind)
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # no traceback from Python's own cleaning up
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     threading.excepthook = silence
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a folder's name, where the terminal has ASCII only
 
 
 if is_ours():

@@ -16,6 +16,7 @@ import csv
 import io
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -35,7 +36,7 @@ from diffsim.flags import explain, fail, load, one_line_errors, run_folder, scri
 from diffsim.play import record
 from diffsim.policy import import_compiler, write_policy
 from diffsim.program import tell, unwind
-from diffsim.run_files import COLUMNS, config, make_folder, read_rows, try_folder
+from diffsim.run_files import COLUMNS, config, hold, make_folder, read_rows, release, try_folder
 from diffsim.tasks import is_file
 
 PATIENCE = 20  # rows without one finite gradient; then the run stops
@@ -71,7 +72,7 @@ class Run:
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
         self.best = -inf  # return of the best evaluation
-        self.interrupted, self.nonfinite = False, []  # nonfinite: tags of the last row
+        self.interrupted, self.nonfinite = 0, []  # by this signal; tags of the last row
         sys.excepthook = explain
         import_compiler()
         if args.device == "cpu":
@@ -108,6 +109,8 @@ class Run:
             if self.args.resume is None:
                 name = f"{self.args.env.split(':')[-1].lower()}__{script()}__{self.args.seed}"
                 self.folder = make_folder(self.folder / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+            with one_line_errors():
+                hold(self.folder)
             text = config(self.args, script(), self.iteration, self.folder / "config.json")
             self._atomic(lambda path: path.write_text(text), "config.json")
             self._rewrite(list(rows[0]) if rows else COLUMNS, rows)
@@ -167,11 +170,14 @@ class Run:
             done, of_before = (f"{self.global_step / steps:.0%}" for steps in (total, before))
             said = f"--total-timesteps {total}, was {before}: {done} of the run are done, were {of_before}"
             self._say(f"{said}; learning rates that fall over a run go by that share")
+        if not (self.folder / "metrics.csv").exists():
+            self._say(f"--resume {self.folder}: no metrics.csv there; a new one begins at step {self.global_step:,}")
         with one_line_errors():
             return read_rows(self.folder / "metrics.csv", self.global_step)
 
     def __iter__(self):
-        signal.signal(signal.SIGINT, self._interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
         while self.iteration < self.end and not self.interrupted:
             self.global_step += self.steps
             self.lap_start = time.time()
@@ -190,7 +196,9 @@ class Run:
         with self._writing():
             self.save()
             self.writer.close()
-        signal.signal(signal.SIGINT, unwind)
+        release(self.folder)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, unwind)
         self._say_last_words()
 
     def _stop_at_nan(self):
@@ -219,38 +227,40 @@ class Run:
         checkpoint = self.folder / "checkpoint.pt"
         before = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "nothing was saved before"
         self.writer.close()
+        release(self.folder)
         print(end="\n" if sys.stdout.isatty() else "", flush=True)  # after the bar
         print(f"{script()}.py: iteration {self.global_step // self.steps - 1}: {why}; {before}", file=sys.stderr)
         raise SystemExit(1)
 
-    def _interrupt(self, *_):
-        """Ctrl-C lets the iteration finish, so that what is saved can be resumed bit for bit; twice: at once."""
+    def _interrupt(self, number, *_):
+        """Ctrl-C, or a cluster's SIGTERM, lets the iteration finish, so that what is saved can be resumed bit for bit;
+        twice: at once."""
         if self.interrupted:
-            unwind()
-        self.interrupted = True
+            unwind(number)
+        self.interrupted = number
         tell("finishing this iteration; Ctrl-C again: at once, unsaved")
 
     def _say_last_words(self):
-        python = os.path.relpath(sys.executable)
-        named = f" --env {self.args.env}" if is_file(self.args.env) else ""  # its code runs: see README
+        python, of, folder = map(shlex.quote, (os.path.relpath(sys.executable), sys.argv[0], str(self.folder)))
+        named = f" --env {shlex.quote(self.args.env)}" if is_file(self.args.env) else ""  # its code runs: see README
         self._say("", end="\n" if sys.stdout.isatty() else "")  # after the bar
         if self.iteration < self.total:
             said = "interrupted and saved" if self.interrupted else "saved"
-            self._say(f"{said}; continue with: {python} {sys.argv[0]} --resume {self.folder}{named}")
-            sys.exit(130 if self.interrupted else 0)
+            self._say(f"{said}; continue with: {python} {of} --resume {folder}{named}")
+            sys.exit(128 + self.interrupted if self.interrupted else 0)
         if self.args.capture_video:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
-        video = "" if self.env.mj_model is None else f" --video {self.folder / 'video.mp4'}"
-        self._say(f"done; watch it: {python} -m diffsim.play {self.folder}{named}{video}")
+        video = "" if self.env.mj_model is None else f" --video {shlex.quote(str(self.folder / 'video.mp4'))}"
+        self._say(f"done; watch it: {python} -m diffsim.play {folder}{named}{video}")
 
     def _say(self, text: str, end: str = "\n"):
-        """A line on stdout. When nobody reads it any more (`| head`), the run is saved and ends, as after Ctrl-C."""
+        """A line on stdout. When that fails (`| head`, a full disk), the run is saved and ends, as after Ctrl-C."""
         try:
             print(text, end=end, flush=True)
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.interrupted = True
+            self.interrupted = signal.SIGINT
 
     @property
     def last(self) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import diffsim
 
 COLUMNS = ["iteration", "global_step", "wall_time_s"]  # of metrics.csv, the first
+HELD: dict[Path, int] = {}  # folders of this process, and the open files that lock them
 
 
 def try_folder(path: str | Path):
@@ -32,6 +34,28 @@ def make_folder(path: Path) -> Path:
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
+
+
+def hold(folder: Path):
+    """No other process may write in a run's folder until `release`, or the end of this one. Raises ValueError, one
+    line. Holds where the system and the disk have locks."""
+    with suppress(ImportError):  # Windows
+        import fcntl
+
+        if (path := folder.resolve()) not in HELD:
+            HELD[path] = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(HELD[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                release(folder)
+                raise ValueError(f"another process is at work on {folder}: end it first") from None
+            except OSError:  # some network disks
+                pass
+
+
+def release(folder: Path):
+    if (lock := HELD.pop(folder.resolve(), None)) is not None:
+        os.close(lock)
 
 
 def provenance() -> dict:

@@ -18,7 +18,7 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _signals():
     """Programs that run in this process set their own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGPIPE)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -43,6 +43,9 @@ shac.py --actor-learning-rate 0 | --actor-learning-rate is 0.*above 0
 shac.py --actor-learning-rate -1 | --actor-learning-rate is -1
 shac.py --actor-learning-rate inf | --actor-learning-rate is inf
 shac.py --actor-learning-rate nan | --actor-learning-rate is nan
+shac.py --actor-learning-rate 1e31 | --actor-learning-rate is 1e\\+31; it must be above 0 .* at most 1e30
+shac.py --log-std-init 1e300 | --log-std-init is 1e\\+300; it must be between
+shac.py --entropy-coef 1e39 | --entropy-coef is 1e\\+39; it must be between
 shac.py --critic-learning-rate 0 | --critic-learning-rate is 0
 shac.py --critic-learning-rate nan | --critic-learning-rate is nan
 shac.py --min-learning-rate nan | --min-learning-rate is nan
@@ -172,6 +175,8 @@ ppo_baseline.py --env Pendulum-v1 --device cuda | CUDA|cpu
 ppo_baseline.py --horizon 3 | --horizon
 ppo_baseline.py --update-epochs 0 | --update-epochs is 0
 rp_pgm_mb.py --unroll -1 | --unroll is -1
+rp_pgm_mb.py --actor-learning-rate 1e38 | --actor-learning-rate is 1e\\+38
+rp_pgm_mb.py --entropy-coef 1e-320 | --entropy-coef is 1e-320
 rp_pgm_mb.py --batch-size 0 | --batch-size is 0
 rp_pgm_mb.py --buffer-size 0 | --buffer-size is 0
 rp_pgm_mb.py --update-ratio inf | --update-ratio is inf
@@ -291,10 +296,21 @@ env.step(torch.zeros(2)) | action has shape
 env.step(torch.zeros(1, 2)) | action has shape
 env.step(None) | action
 env.step("left") | action
+pendulum.step(torch.zeros(3, 1)) | action has shape \\(3, 1\\), expected \\(2, 1\\)
+pendulum.step(None) | action is a NoneType
+env.numpy().step("left") | action is a str
+diffsim.NumpyEnv(make("cartpole", compile=False)).step("left") | action is a str
 env.set_state({}) | state
+env.set_state(dict(env.get_state(), task=torch.zeros(1))) | keys \\(task\\)
+env.set_state(dict(env.get_state(), qvel=torch.zeros(3, 2))) | state has qvel \\(3, 2\\)
+env.set_state(dict(env.get_state(), episode_length=torch.zeros(5))) | state has episode_length
+env.set_state(dict(env.get_state(), qpos=[[0, 0], [0, 0]])) | state has qpos as list
 env.set_state(other.get_state()) | state has qpos
 env.reset(seed=-1) | seed is -1
 env.reset(seed="x") | seed
+env.reset(seed=True) | seed
+env.reset(options=dict(staggr=True)) | options
+env.reset(options=["stagger"]) | options
 load_model("nowhere.xml") | nowhere.xml
 load_model("<mujoco>") | XML
 load_model("") | MJCF ''
@@ -431,10 +447,11 @@ def test_play_refuses(text, said, files, refusal):
 def test_a_call_is_refused(call, said, files):
     from math import inf, nan  # noqa: F401
 
-    env = diffsim.make("cartpole", 2, compile=False)
+    env, pendulum = diffsim.make("cartpole", 2, compile=False), diffsim.make("Pendulum-v1", 2)
     ARM = open(files["tasks"]).read().split('"""')[3]
     names = dict(
         diffsim=diffsim, torch=torch, np=np, gymnasium=gymnasium, make=diffsim.make, env=env, nan=nan, inf=inf,
+        pendulum=pendulum,
         other=diffsim.make("hopper", 2, compile=False), load_model=diffsim.load_model, Softness=diffsim.Softness,
         load_policy=player.load_policy, playback_env=player.playback_env, FOLDER=files["folder"],
         BINARY=files["binary"], find_task=diffsim.find_task, default_physics=diffsim.default_physics,

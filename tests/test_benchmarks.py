@@ -108,6 +108,18 @@ def test_plot_draws_the_runs_of_a_user(tmp_path):
     assert width > 300 and height > 300
 
 
+def test_plot_says_in_a_line_where_it_cannot_write(tmp_path):
+    curve = plot.pd.DataFrame(dict(global_step=[1, 2], wall_time_s=[1, 2], episodic_return=[0.0, 1.0]))
+    for path in (tmp_path / "no" / "a.png", tmp_path / "a.xyz"):
+        with pytest.raises(SystemExit, match=f"^plot.py: cannot write {path}: .*"):
+            plot.draw({"ant": {"shac": [curve]}}, path)
+
+
+def test_throughput_of_an_unknown_task_is_one_line(tmp_path, refused):
+    said = refused("benchmarks/throughput.py", "--env", "antt", "--results", tmp_path)
+    assert said.startswith("throughput.py: unknown env 'antt'")
+
+
 def test_plot_says_in_a_line_what_is_no_run(tmp_path):
     with pytest.raises(SystemExit, match="nothing to draw"):
         plot.main((tmp_path,), tmp_path / "mine.png")

@@ -110,6 +110,37 @@ def test_a_nonfinite_state_ends_its_own_episode_only(name):
     assert torch.equal(gradients[0][[0, 2]], gradients[1][[0, 2]])
 
 
+@pytest.mark.parametrize("physics", ["diffsim", "mujoco"])
+def test_an_action_that_is_nan_ends_its_own_episode_only(physics, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    env = diffsim.make("cartpole", 2, physics=physics, compile=False)
+    env.reset()
+    action = torch.tensor([[torch.nan], [0.5]], requires_grad=True)
+    with pytest.warns(UserWarning, match="1 environment.* ended: action of environment 0"):
+        obs, reward, terminated, _, info = env.step(action)
+    assert terminated.tolist() == info["nonfinite"].tolist() == [True, False] and reward[0] == 0
+    reward.sum().backward()
+    assert torch.isfinite(obs).all() and action.grad[0] == 0 and action.grad[1] != 0
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())  # MuJoCo would print and log
+
+
+def test_actions_seeds_and_states_of_other_kinds():
+    """Lists, NumPy's integers, float64: as the same numbers in tensors."""
+    env = diffsim.make("cartpole", np.int64(2), seed=np.uint8(3), compile=False)
+    env.reset(seed=np.uint64(3))
+    state = env.get_state()
+    double = {k: x.double() if x.is_floating_point() else x for k, x in state.items()}
+    seen = []
+    for action in ([[0.5], [0]], np.array([[0.5], [0.0]]), torch.tensor([[0.5], [0.0]], dtype=torch.float64)):
+        env.set_state(double)
+        seen.append(env.step(action)[0])
+        assert env.qpos.dtype == torch.float32 and torch.equal(seen[0], seen[-1])
+    pendulum = diffsim.make("Pendulum-v1", np.int64(2), seed=np.int64(3))
+    pendulum.reset()
+    pendulum.step([[0.5], [0]])
+    pendulum.close()
+
+
 def test_actions_outside_the_box_get_no_gradient():
     env = diffsim.make("ant", 1, **KW)
     env.reset()

@@ -13,6 +13,7 @@ import torch
 import diffsim
 from diffsim import memory, physics
 from diffsim.flags import explain
+from diffsim.play import playback_env
 from tests import ROOT, SCRIPTS, WINDOWS, run_script, the_run
 
 
@@ -80,6 +81,17 @@ def test_a_cache_that_cannot_be_written_is_one_line(where, tmp_path, refused, mo
     monkeypatch.setenv("DIFFSIM_CACHE", str(tmp_path / where))
     args = ["--env", "cartpole", "--num-envs", 3, "--run-dir", tmp_path]
     assert f"cannot be kept in {tmp_path / where}: " in (said := refused("shac.py", *args)) and "DIFFSIM_CACHE" in said
+
+
+def test_an_empty_name_of_the_cache_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSIM_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert physics.cache_dir() == tmp_path / ".cache" / "diffsim"  # not the current folder
+
+
+def test_play_needs_no_cache(monkeypatch):
+    monkeypatch.setenv("DIFFSIM_CACHE", "/proc/x")
+    assert playback_env("cartpole", 2).num_envs == 2
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_where_mujoco_runs(tmp_path, monkeypatch, capsys):

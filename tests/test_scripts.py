@@ -20,6 +20,7 @@ import torch
 
 import diffsim
 from diffsim.flags import RunArgs, bounds, parse
+from diffsim.program import start
 from diffsim.run import Run
 from tests import ROOT, SCRIPTS, WINDOWS, command_line, rows, run_fresh, run_script, the_run
 
@@ -396,6 +397,59 @@ def test_ctrl_c_while_environments_are_made_is_one_line(monkeypatch, capfd, tmp_
     assert capfd.readouterr().err.strip() == "interrupted"
 
 
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_saves_and_a_second_one_ends_at_once(name, code, still, capfd):
+    number = signal.Signals[name]
+    for times in (1, 2):
+        run = still()
+        with pytest.raises(SystemExit, match=str(code)):
+            for _ in run:
+                run.log({"losses/kl": 1.0})
+                for _ in range(times):
+                    signal.raise_signal(number)
+        said = capfd.readouterr()
+        assert ("interrupted and saved" in said.out) == (times == 1) == (run.folder / "checkpoint.pt").exists()
+        assert said.err.count("interrupted") == times - 1
+
+
+def test_two_processes_do_not_write_one_run(still, tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    run = still(stop_after=2, run_dir=str(tmp_path / "my runs"))
+    with pytest.raises(SystemExit):
+        for _ in run:
+            run.log({"losses/kl": 1.0})
+    assert f"--resume '{run.folder}'" in capsys.readouterr().out  # to be pasted
+    files = {file: file.read_bytes() for file in run.folder.iterdir()}
+    other = os.open(run.folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)  # as the other process does
+    with pytest.raises(SystemExit, match="2"):
+        still(resume=str(run.folder))
+    assert capsys.readouterr().err == f"idea.py: another process is at work on {run.folder}: end it first\n"
+    assert files == {file: file.read_bytes() for file in run.folder.iterdir()}
+    os.close(other)
+    for _ in still(resume=str(run.folder)):
+        pass
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
+def test_a_full_disk_under_stdout_saves_the_run(still, monkeypatch, capfd):
+    run = still()
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    with pytest.raises(SystemExit, match="130"):
+        for _ in run:
+            run.log({"losses/kl": 1.0})
+    assert (run.folder / "checkpoint.pt").exists() and run.iteration == 1
+
+
+def test_a_terminal_with_ascii_only(monkeypatch):
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, "ascii"))
+    start()
+    print("runs/\xfc", flush=True)
+    assert written.getvalue() == b"runs/\\xfc\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resume_is_exact_and_a_policy_needs_no_script(script, arm, tmp_path):
     """On bits: networks, optimisers, environments and random numbers; of the last evaluation, too."""
@@ -591,6 +645,7 @@ def test_a_metrics_csv_that_was_edited_is_one_line(line, change, still, capsys):
     assert f"line {line} of {file} is not this run's; mend it, or move the file away" in said and "\n" not in said
     file.rename(run.folder / "away")
     assert table(still(resume=str(run.folder))) == []
+    assert "no metrics.csv there; a new one begins at step 20" in capsys.readouterr().out
 
 
 def test_iterations_to_go_are_those_until_stop_after(still, capsys):
