@@ -25,7 +25,7 @@ from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.numpy_env import NumpyVectorEnv
 from diffsim.physics import DiffsimPhysics
 from diffsim.tasks import Task
-from diffsim.tasks.check import check_methods, check_settings, reward_method
+from diffsim.tasks.check import check_methods, check_settings, reward_method, warn_of_typos
 
 EXPLODED = 1e3  # m/s or rad/s: no robot here comes near it
 
@@ -47,6 +47,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         softness: Softness | None = None,
     ):
         check_settings(task)
+        warn_of_typos(task)
         self.task, self.num_envs = task, num_envs
         self.control_dt, self.substeps, self.max_episode_steps = task.control_dt, task.substeps, task.max_episode_steps
         timestep = task.control_dt / task.substeps

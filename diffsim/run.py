@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from math import inf
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -232,18 +233,18 @@ class Run:
         tell("finishing this iteration; Ctrl-C again: at once, unsaved")
 
     def _say_last_words(self):
-        python = os.path.relpath(sys.executable)
-        named = f" --env {self.args.env}" if is_file(self.args.env) else ""  # its code runs: see README
+        python, folder = os.path.relpath(sys.executable), quote(str(self.folder))
+        named = f" --env {quote(self.args.env)}" if is_file(self.args.env) else ""  # its code runs: see README
         self._say("", end="\n" if sys.stdout.isatty() else "")  # after the bar
         if self.iteration < self.total:
             said = "interrupted and saved" if self.interrupted else "saved"
-            self._say(f"{said}; continue with: {python} {sys.argv[0]} --resume {self.folder}{named}")
+            self._say(f"{said}; continue with: {python} {sys.argv[0]} --resume {folder}{named}")
             sys.exit(130 if self.interrupted else 0)
         if self.args.capture_video:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
-        video = "" if self.env.mj_model is None else f" --video {self.folder / 'video.mp4'}"
-        self._say(f"done; watch it: {python} -m diffsim.play {self.folder}{named}{video}")
+        video = "" if self.env.mj_model is None else f" --video {quote(str(self.folder / 'video.mp4'))}"
+        self._say(f"done; watch it: {python} -m diffsim.play {folder}{named}{video}")
 
     def _say(self, text: str, end: str = "\n"):
         """A line on stdout. When nobody reads it any more (`| head`), the run is saved and ends, as after Ctrl-C."""
@@ -369,6 +370,7 @@ class Run:
         """A file is there whole, or as it was before."""
         temporary = self.folder / f"tmp-{name}"
         try:
+            temporary.unlink(missing_ok=True)  # a link in the folder of another's run would be followed
             write(temporary)
             os.replace(temporary, self.folder / name)
         except (OSError, RuntimeError) as e:  # torch says with a RuntimeError that a disk is full
