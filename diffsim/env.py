@@ -237,10 +237,16 @@ class DiffEnv(gymnasium.vector.VectorEnv):
 
     def set_state(self, state: dict[str, Tensor]):
         """Continue from a `get_state` of an environment with as many copies of the same robot."""
-        if missing := self.get_state().keys() - state.keys():
+        mine = self.get_state()
+        if missing := mine.keys() - state.keys():
             raise ValueError(f"state has no {', '.join(sorted(missing))}: it is none of get_state")
-        if state["qpos"].shape != self.qpos.shape:
-            raise ValueError(f"state has qpos {tuple(state['qpos'].shape)}, this environment {tuple(self.qpos.shape)}")
+        for name, value in mine.items():
+            given = torch.as_tensor(state[name])
+            rows = slice(1 if name.startswith("start_") else None)  # there are as many starts as are left
+            if given.shape[rows] != value.shape[rows] or given.ndim != value.ndim:
+                raise ValueError(f"state has {name} {tuple(given.shape)}, this environment {tuple(value.shape)}")
+            if (given.dtype, given.layout) != (value.dtype, value.layout):
+                raise ValueError(f"state has {name} of {given.dtype}, this environment of {value.dtype}")
         for name, value in state.items():
             if name not in ("generator", "start_qpos", "start_qvel"):
                 setattr(self, name, value.to(self.device).clone())
