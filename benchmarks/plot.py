@@ -9,6 +9,7 @@ Runs that differ in their seed are one curve: mean and range.
 import signal
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -60,23 +61,26 @@ def committed(which: str, *envs: str) -> Panels:
 
 
 def settings(folder: Path) -> dict:
-    """Script and flags of a run; of one without a checkpoint what its name says."""
+    """Script and flags of a run; of one without a readable checkpoint what its name says."""
     env, script, *_ = f"{folder.resolve().name}__".split("__")
-    if not (folder / "checkpoint.pt").exists():
-        return dict(env=env, script=script)
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
-    flags = {name: x for name, x in checkpoint["args"].items() if name not in INCIDENTAL}
-    return flags | dict(env=env, script=checkpoint["script"])
+    file, flags = folder / "checkpoint.pt", {}
+    try:
+        if file.is_file():
+            checkpoint = torch.load(file, weights_only=True, map_location="cpu")
+            flags, script = dict(checkpoint["args"]), str(checkpoint["script"])
+    except Exception as e:  # torch.load has many
+        print(f"plot.py: {file} is not a readable checkpoint ({type(e).__name__})", file=sys.stderr)
+    return {name: x for name, x in flags.items() if name not in INCIDENTAL} | dict(env=env, script=script)
 
 
 def of_user(folders: tuple[Path, ...]) -> Panels:
     """Runs by environment; runs of a script that differ in more than the seed are named by what differs."""
     variants, panels = [], defaultdict(dict)
     for folder in folders:
-        try:
-            curve = pd.read_csv(folder / "metrics.csv").dropna(subset="episodic_return")
-        except (OSError, KeyError, pd.errors.EmptyDataError):
-            curve = pd.DataFrame()
+        file, curve, columns = folder / "metrics.csv", pd.DataFrame(), ["global_step", "wall_time_s", "episodic_return"]
+        with suppress(OSError, ValueError):  # what pandas raises for no table of numbers is a ValueError
+            if file.is_file():
+                curve = pd.read_csv(file, usecols=columns, dtype=float).dropna(subset="episodic_return")
         if curve.empty:
             print(f"plot.py: {folder} has no metrics.csv with returns: left out", file=sys.stderr)
         else:

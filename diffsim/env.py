@@ -27,7 +27,7 @@ from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.numpy_env import NumpyVectorEnv
 from diffsim.physics import DiffsimPhysics
 from diffsim.tasks import Task
-from diffsim.tasks.check import check_methods, check_settings, reward_method
+from diffsim.tasks.check import check_methods, check_settings, reward_method, warn_of_typos
 
 EXPLODED = 1e3  # m/s or rad/s: no robot here comes near it
 
@@ -49,6 +49,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         softness: Softness | None = None,
     ):
         check_settings(task)
+        warn_of_typos(task)
         self.task, self.num_envs = task, num_envs
         self.control_dt, self.substeps, self.max_episode_steps = task.control_dt, task.substeps, task.max_episode_steps
         timestep = task.control_dt / task.substeps
@@ -243,9 +244,10 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         if differ := before.keys() ^ state.keys():
             raise ValueError(f"state lacks or has further keys ({', '.join(sorted(differ))}): none of get_state")
         for name, own in before.items():
-            if not isinstance(state[name], Tensor):
-                raise ValueError(f"state has {name} as {type(state[name]).__name__}, it must be a tensor")
-            if not name.startswith("start_") and state[name].shape != own.shape:
+            if not isinstance(state[name], Tensor) or state[name].layout != own.layout:
+                raise ValueError(f"state has {name} as {type(state[name]).__name__}, it must be a dense tensor")
+            rows = slice(1 if name.startswith("start_") else None)  # there are as many starts as are left
+            if state[name].shape[rows] != own.shape[rows] or state[name].ndim != own.ndim:
                 raise ValueError(f"state has {name} {tuple(state[name].shape)}, this environment {tuple(own.shape)}")
         for name in ("qpos", "qvel", "last_action", "episode_length", "episode_return"):
             setattr(self, name, state[name].to(before[name]).clone())

@@ -7,6 +7,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
+from shlex import quote
 from types import UnionType
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -15,7 +16,7 @@ import tyro
 
 import diffsim
 from diffsim.physics import CacheError
-from diffsim.program import start
+from diffsim.program import printable, start
 from diffsim.tasks import is_file
 
 
@@ -76,7 +77,7 @@ def script() -> str:
 
 def fail(message: str, code: int = 2):
     """One clear line for bad input; code 1: for what goes wrong later."""
-    print(f"{script()}.py: {message}", file=sys.stderr)
+    print(printable(f"{script()}.py: {message}"), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -176,7 +177,7 @@ def parse(Args, defaults: dict):
     if args.resume is not None:
         default = replace(of_checkpoint(Args, "--resume", args.resume), resume=args.resume, stop_after=None)
         if is_file(default.env) and args.env != default.env:
-            fail(f"--resume {args.resume}: a run on code in a file; if you trust that file: --env {default.env}")
+            fail(f"--resume {args.resume}: a run on code in a file; if you trust that file: --env {quote(default.env)}")
     else:
         with one_line_errors():
             physics = args.physics or diffsim.default_physics(args.env)
@@ -207,6 +208,8 @@ def load(path: str, flag: str = "--resume") -> dict:
     """The checkpoint.pt of a run folder. Whatever else is there ends the program with one line."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
         checkpoint = torch.load(file, weights_only=True, map_location="cpu")
         if not isinstance(checkpoint, dict):
             raise TypeError

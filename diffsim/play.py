@@ -5,6 +5,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import tyro
 
 import diffsim
+from diffsim import memory
 from diffsim.builder import without_margins
 from diffsim.dynamics import contact_points
 from diffsim.flags import Bound, Seed, check_bounds, cli
@@ -19,7 +21,7 @@ from diffsim.gymnasium_env import GymnasiumEnv
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.physics import CacheError, compiled_batches
 from diffsim.policy import read_policy
-from diffsim.program import start
+from diffsim.program import printable, start
 from diffsim.render import check_path, render
 from diffsim.tasks import is_file
 
@@ -179,6 +181,8 @@ def record(run: Path, video: Path):
     """Film one episode of a run's policy on the engine that it was trained on."""
     policy = read_policy(run)
     env = playback_env(policy.env, 1, policy.physics)
+    for file in (video, video.with_suffix(".png")):  # a link in the folder of another's run must not be followed
+        file.unlink(missing_ok=True)
     film(env, rollout(env, policy, 1)["qpos"], video)
 
 
@@ -189,10 +193,12 @@ def main():
         check_bounds(args)
         if args.video is not None:
             check_path(args.video)
+        memory.limit()  # a file may ask for more than there is
         policy = read_policy(args.policy)
         name, physics = args.env or policy.env, args.physics or policy.physics
         if is_file(name) and not args.env:
-            raise ValueError(f"{args.policy} was trained on code in a file; if you trust that file: --env {name}")
+            trust = f"if you trust that file: --env {quote(name)}"
+            raise ValueError(f"{args.policy} was trained on code in a file; {trust}")
         env = playback_env(name, args.episodes, physics)
         given = env.single_observation_space.shape[0]
         if policy.obs_dim != given:
@@ -212,7 +218,7 @@ def main():
             film(env, result["qpos"], args.video)
             print(f"wrote {args.video}, and a strip of frames beside it as .png")
     except ValueError as e:
-        print(f"diffsim.play: {e}", file=sys.stderr)
+        print(printable(f"diffsim.play: {e}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 

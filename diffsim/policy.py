@@ -98,18 +98,17 @@ def plain(program: torch.export.ExportedProgram) -> dict:
 
 
 def operation(name: str):
-    """The operation of that name, if it is one of PyTorch's core operations: mathematics on tensors, no files."""
+    """The operation of that name, if it is one of PyTorch's core operations: mathematics on tensors, no files. Those
+    that write into a tensor, those of a backward pass and _embedding_bag do not all check where they read and write."""
     if name in PYTHON:
         return PYTHON[name]
     namespace, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    if (
-        namespace != "aten"
-        or not isinstance(found, torch._ops.OpOverload)
-        or not (torch.Tag.core in found.tags or name in LAYERS)
-    ):
-        raise ValueError(f"{name} is none of PyTorch's core operations")
+    core = namespace == "aten" and isinstance(found, torch._ops.OpOverload)
+    core = core and (torch.Tag.core in found.tags or name in LAYERS)
+    if not core or found._schema.is_mutable or packet.endswith("_backward") or packet == "_embedding_bag":
+        raise ValueError(f"{name} is none of PyTorch's core operations of a forward pass")
     return found
 
 
@@ -129,6 +128,8 @@ class Policy(nn.Module):
         self.env, self.physics, self.obs_dim = data["env"], data["physics"], data["obs_dim"]
         graph = data["graph"]
         self.weights, self.obs, self.output = dict(graph["weights"]), graph["obs"], graph["output"]
+        if not all(type(w) is Tensor and w.layout == torch.strided and not w.is_nested for w in self.weights.values()):
+            raise ValueError("its weights are no plain tensors")
         self.nodes = [(name, operation(op), args, kwargs) for name, op, args, kwargs in graph["nodes"]]
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -139,9 +140,15 @@ class Policy(nn.Module):
                 return values[x["node"]] if "node" in x else obs.device if "device" in x else word(x["torch"])
             return [value(y) for y in x] if isinstance(x, list) else x
 
-        for name, run, args, kwargs in self.nodes:
-            values[name] = run(*map(value, args), **{k: value(v) for k, v in kwargs.items()})
-        return values[self.output]
+        try:
+            for name, run, args, kwargs in self.nodes:
+                values[name] = run(*map(value, args), **{k: value(v) for k, v in kwargs.items()})
+            action = values[self.output]
+        except Exception as e:
+            raise ValueError(f"the policy fails on {len(obs)} observations: {type(e).__name__}") from e
+        if not isinstance(action, Tensor) or not action.is_floating_point():
+            raise ValueError("the policy's action is no tensor of real numbers")
+        return action
 
 
 def read_policy(path) -> Policy:
@@ -152,13 +159,20 @@ def read_policy(path) -> Policy:
         raise ValueError(f"no policy at {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            entry = [name for name in archive.namelist() if name.endswith(f"/extra/{ENTRY}")]
+            entry = [entry for entry in archive.infolist() if entry.filename.endswith(f"/extra/{ENTRY}")]
+            if entry and entry[0].file_size > path.stat().st_size:
+                raise ValueError("it is compressed, which no diffsim does")
             packed = base64.b64decode(archive.read(entry[0])) if entry else None
         if packed is None:
             raise ValueError("it holds no plain data: another program made it, or an older diffsim")
         data = torch.load(io.BytesIO(packed), weights_only=True, map_location="cpu")
         policy = Policy(data)
-        policy(torch.zeros(2, policy.obs_dim))
+        if not all(isinstance(x, str) and x.isprintable() and len(x) < 4096 for x in (policy.env, policy.physics)):
+            raise ValueError("the names in it are no names")
+        if type(policy.obs_dim) is not int:
+            raise TypeError
+        if not policy(torch.zeros(2, policy.obs_dim)).isfinite().all():
+            raise ValueError("its action is not finite")
     except Exception as e:
         reason = " ".join(str(e).split())[:100] if type(e) is ValueError else type(e).__name__
         raise ValueError(f"{path} is not a readable policy ({reason})") from None

@@ -29,6 +29,11 @@ def tell(text: str):
         pass
 
 
+def printable(text: str) -> str:
+    """One line for a terminal: a name in a stranger's file may hold line ends and control sequences, or be endless."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])
+
+
 def end_at_once(*_):
     """Ctrl-C while modules are imported: some catch exceptions, and there is nothing to clean up."""
     tell("interrupted")

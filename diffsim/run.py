@@ -378,6 +378,7 @@ class Run:
         """A file is there whole, or as it was before."""
         temporary = self.folder / f"tmp-{name}"
         try:
+            temporary.unlink(missing_ok=True)  # a link in the folder of another's run would be followed
             write(temporary)
             os.replace(temporary, self.folder / name)
         except (OSError, RuntimeError) as e:  # torch says with a RuntimeError that a disk is full

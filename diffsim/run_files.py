@@ -74,9 +74,9 @@ def config(args, script: str, iteration: int, before: Path) -> str:
     """config.json of a run that starts, or goes on at an iteration: then `before` is the one it had."""
     now, had = provenance(), {}
     if iteration:
-        with suppress(OSError, ValueError):
-            had = json.loads(before.read_text())
-        had = had if isinstance(had, dict) else {}
+        with suppress(OSError, ValueError, RecursionError):
+            had = json.loads(before.read_text()) if before.is_file() else {}
+        had = had if isinstance(had, dict) and isinstance(had.get("resumed", []), list) else {}
         now = had | dict(resumed=[*had.get("resumed", []), now | dict(iteration=iteration)])
     flags = {k: str(v) if isinstance(v, float) and isinf(v) else v for k, v in asdict(args).items()}  # JSON has no inf
     return json.dumps(now | dict(script=script, args=flags), indent=1) + "\n"
@@ -85,7 +85,7 @@ def config(args, script: str, iteration: int, before: Path) -> str:
 def read_rows(file: Path, global_step: int) -> list[dict]:
     """metrics.csv up to a checkpoint; without it no rows. Raises ValueError for a line that no run wrote."""
     rows, step = [], 0
-    if not file.exists():
+    if not file.is_file():
         return rows
     with open(file, newline="") as f:
         reader = csv.DictReader(f)

@@ -113,6 +113,8 @@ shac.py --env {tasks}:NotATask | has no class NotATask
 shac.py --env {syntax}:Task | does not import: SyntaxError
 shac.py --env {raises}:Task | does not import: ZeroDivisionError
 shac.py --env {binary}:Task | does not import
+shac.py --env {exits}:Task | does not import: SystemExit
+shac.py --env {number}:Task | is no .py file
 shac.py --env CartPole-v1 | has no gradient|Discrete
 shac.py --env Humanoid-v9 | Humanoid-v9
 shac.py --resume nowhere | no checkpoint.pt there
@@ -221,6 +223,12 @@ TASKS = {
     "LessSubsteps(Arm): substeps = -1": "substeps",
     "NoSteps(Arm): max_episode_steps = 0": "max_episode_steps",
     "LessSteps(Arm): max_episode_steps = -5": "max_episode_steps",
+    "EndlessSteps(Arm): max_episode_steps = 10**30": "max_episode_steps",
+    "TimeRaises(Arm): control_dt = property(lambda s: 1 / 0)": "TimeRaises.control_dt raised ZeroDivisionError",
+    "PhysicsRaises(Arm): physics = property(lambda s: 1 / 0)": "PhysicsRaises.physics raised ZeroDivisionError",
+    "RunsIsText(Arm): runs = 'no'": "RunsIsText.runs is 'no'; it must be True or False",
+    "Exits(Arm): __init__ = lambda s: exit()": "Exits\\(\\) raised SystemExit",
+    "ResetExits(Arm): reset = lambda s, m, n, g: exit()": "ResetExits.reset raised SystemExit",
     "HalfStep(Arm): max_episode_steps = 2.5": "max_episode_steps",
     "ResetOne(Arm): reset = lambda s, m, n, g: zeros(2, n)": "ResetOne.reset",
     "ResetNone(Arm): reset = lambda s, m, n, g: None": "ResetNone.reset",
@@ -306,6 +314,9 @@ env.set_state(dict(env.get_state(), qvel=torch.zeros(3, 2))) | state has qvel \\
 env.set_state(dict(env.get_state(), episode_length=torch.zeros(5))) | state has episode_length
 env.set_state(dict(env.get_state(), qpos=[[0, 0], [0, 0]])) | state has qpos as list
 env.set_state(other.get_state()) | state has qpos
+env.set_state({**env.get_state(), "qvel": torch.zeros(7, 2)}) | state has qvel \\(7, 2\\), this environment \\(2, 2\\)
+env.set_state({**env.get_state(), "qvel": torch.zeros(2, 2).to_sparse()}) | state has qvel of
+env.set_state({**env.get_state(), "start_qpos": torch.zeros(7, 9)}) | state has start_qpos
 env.reset(seed=-1) | seed is -1
 env.reset(seed="x") | seed
 env.reset(seed=True) | seed
@@ -327,6 +338,7 @@ load_policy(FOLDER) | no policy at
 load_policy(BINARY) | not a readable policy
 playback_env("antt", 1) | unknown env
 gymnasium.make("diffsim/cartpole", physics="bullet") | unknown physics
+find_task("a" * 5000 + ".py:B") | no file
 find_task("a.py:B") | no file a.py
 default_physics("antt") | unknown env
 settings_of("antt") | unknown env
@@ -370,7 +382,7 @@ def lines(table: str) -> list:
 def files(tmp_path_factory) -> dict:
     """Files that are no good, by what is wrong with them; a good run; tasks."""
     folder = tmp_path_factory.mktemp("files")
-    paths = {name: folder / f"{name}.py" for name in ("tasks", "syntax", "raises", "binary", "empty")}
+    paths = {name: folder / f"{name}.py" for name in ("tasks", "syntax", "raises", "exits", "binary", "empty")}
     code = (ROOT / "README.md").read_text().split("```python\n# my_task.py\n")[1].split("```")[0]
     code += "\n\nfrom math import inf, nan\n\nimport numpy as np\nfrom diffsim import Task\n"
     code += "from torch import cat, zeros\n"
@@ -379,6 +391,7 @@ def files(tmp_path_factory) -> dict:
     paths["tasks"].write_text(code)
     paths["syntax"].write_text("def Task(:\n")
     paths["raises"].write_text("1 / 0\n")
+    paths["exits"].write_text("raise SystemExit\n")
     paths["binary"].write_bytes(bytes(range(256)))
     paths["empty"].write_text("")
     for name, x in (("number", 3), ("nothing", {})):

@@ -1,5 +1,6 @@
 """The committed results, the tables and figures made of them, and the script that adds to them."""
 
+import os
 import re
 import shutil
 import sys
@@ -118,6 +119,21 @@ def test_plot_says_in_a_line_where_it_cannot_write(tmp_path):
 def test_throughput_of_an_unknown_task_is_one_line(tmp_path, refused):
     said = refused("benchmarks/throughput.py", "--env", "antt", "--results", tmp_path)
     assert said.startswith("throughput.py: unknown env 'antt'")
+
+
+def test_plot_leaves_out_files_that_no_run_wrote(tmp_path, capsys):
+    good, *bad = [run_folder(tmp_path / f"ant__shac__{seed}__now", seed) for seed in range(5)]
+    (good / "checkpoint.pt").write_bytes(b"junk")
+    head = "global_step,wall_time_s,episodic_return\n"
+    for folder, text in zip(bad, (head + "1,1,=1\n", "episodic_return\n1\n", "a\n1,2\n", head + "\xff\n")):
+        (folder / "metrics.csv").write_text(text, encoding="latin-1")
+    assert len(plot.of_user((good, *bad))["ant"]["shac"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 5 and "checkpoint.pt is not a readable checkpoint" in " ".join(said), said
+    for name in ("metrics.csv", "checkpoint.pt"):  # a pipe would be waited for
+        (bad[0] / name).unlink(missing_ok=True)
+        os.mkfifo(bad[0] / name)
+    assert plot.of_user((good, bad[0])) and "seed" not in plot.settings(bad[0])
 
 
 def test_plot_says_in_a_line_what_is_no_run(tmp_path):

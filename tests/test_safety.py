@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffsim import memory
+from diffsim import play as player
 from diffsim import policy as exported
 from diffsim.physics import cache_dir
 from diffsim.play import evaluate, load_policy, playback_env
@@ -114,7 +116,8 @@ def replace_data(folder: Path, data):
 @pytest.mark.parametrize(
     "op",
     "os.system builtins.eval aten.from_file.default aten.__class__.__init__ aten.save.default eval system "
-    "aten.add_.Tensor aten..default prim.device.default __import__".split(),
+    "aten.add_.Tensor aten..default prim.device.default __import__ aten.resize_.default aten._embedding_bag.default "
+    "aten.max_pool2d_with_indices_backward.default".split(),
 )
 def test_only_core_operations_are_looked_up(copy, op):
     data = plain_data(copy)
@@ -132,6 +135,10 @@ def test_only_types_of_numbers_are_words(word):
 
 def test_broken_policies_are_named_in_one_line(copy):
     whole = plain_data(copy)
+
+    def last(data) -> list:
+        return [{"node": data["graph"]["output"]}]
+
     for break_it in (
         lambda d: d.pop("graph"),
         lambda d: d.update(obs_dim=3),
@@ -140,6 +147,14 @@ def test_broken_policies_are_named_in_one_line(copy):
         lambda d: d["graph"]["nodes"].reverse(),
         lambda d: d["graph"].update(output="nothing"),
         lambda d: d["graph"].update(nodes=7),
+        lambda d: d["graph"]["weights"].update(extra=torch.zeros(2, 2).to_sparse()),
+        lambda d: d["graph"]["weights"].update({k: w * torch.nan for k, w in d["graph"]["weights"].items()}),
+        lambda d: d["graph"].update(output=d["graph"]["nodes"].append(("b", "aten.isnan.default", last(d), {})) or "b"),
+        lambda d: d.update(obs_dim=True),
+        lambda d: d.update(env=7),
+        lambda d: d.update(env="ant\nreturn 9999"),
+        lambda d: d.update(env="a" * 10**5),
+        lambda d: d.update(physics=None),
     ):
         data = {**whole, "graph": {**whole["graph"], "weights": dict(whole["graph"]["weights"])}}
         data["graph"]["nodes"] = list(whole["graph"]["nodes"])
@@ -149,6 +164,53 @@ def test_broken_policies_are_named_in_one_line(copy):
         assert "not a readable policy" in said and len(said.splitlines()) == 1
     doctored(copy / "policy.pt2", lambda name, content: content if not name.endswith(ENTRY) else b"!")
     assert "not a readable policy" in play(copy, expect=2).stderr
+
+
+def test_a_bomb_is_not_unpacked(copy, monkeypatch):
+    limits = []
+    monkeypatch.setattr(memory, "limit", lambda: limits.append(1))
+    with zipfile.ZipFile(copy / "policy.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"policy/extra/{ENTRY}", "A" * 10**7)
+    assert "it is compressed" in play(copy, expect=2).stderr and limits
+
+
+# --- what it says, and where it writes ----------------------------------------------------------------------------
+def test_a_strangers_names_neither_forge_lines_nor_commands(copy, refused):
+    data = plain_data(copy)
+    replace_data(copy, data | dict(env="theirs.py:T; echo"))
+    assert "--env 'theirs.py:T; echo'" in play(copy, expect=2).stderr
+    checkpoint = torch.load(copy / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | dict(script="shac\n\x1b[2Jdone"), copy / "checkpoint.pt")
+    assert r"a checkpoint of shac\n\x1b[2Jdone.py" in refused("shac.py", "--resume", copy)
+    checkpoint["args"]["env"] = "theirs.py:T; echo"
+    torch.save(checkpoint, copy / "checkpoint.pt")
+    assert "--env 'theirs.py:T; echo'" in refused("shac.py", "--resume", copy)
+
+
+def test_links_in_a_run_folder_are_not_followed(copy, tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for name in ("tmp-checkpoint.pt", "tmp-policy.pt2", "tmp-metrics.csv", "tmp-config.json", "video.mp4", "video.png"):
+        (copy / name).symlink_to(mine)
+    run_script("shac.py", "--resume", copy, "--stop-after", 3)
+    monkeypatch.setattr(player, "film", lambda env, qpos, video: (video.touch(), video.with_suffix(".png").touch()))
+    player.record(copy, copy / "video.mp4")
+    assert mine.read_text() == "mine" and not any(file.is_symlink() for file in copy.iterdir())
+
+
+def test_pipes_in_a_run_folder_are_not_waited_for(copy, refused):
+    def pipe(name):
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+
+    pipe("metrics.csv")
+    pipe("config.json")
+    run_script("shac.py", "--resume", copy, "--stop-after", 3)
+    pipe("policy.pt2")
+    pipe("checkpoint.pt")
+    assert "no policy at" in play(copy, expect=2).stderr
+    for flag in ("--resume", "--init-from"):
+        assert "no checkpoint.pt there" in refused("shac.py", flag, copy)
 
 
 # --- code in a task's file ----------------------------------------------------------------------------------------

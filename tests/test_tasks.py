@@ -1,6 +1,7 @@
 """Every task: shapes, rewards at states computed by hand, termination, gradients, the same task on both engines."""
 
 import math
+import sys
 import textwrap
 
 import gymnasium
@@ -286,3 +287,30 @@ def test_an_initial_state_carries_no_gradient():
     env = diffsim.make(type("Learned", (diffsim.TASKS["cartpole"],), dict(reset=reset)), 3, compile=False)
     obs, _ = env.reset()
     assert not obs.requires_grad and not env.step(torch.zeros(3, 1))[0].requires_grad
+
+
+# --- tasks in files -----------------------------------------------------------------------------------------------
+def test_a_tasks_xml_and_imports_may_be_beside_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "its folder"
+    folder.mkdir()
+    (folder / "cart.xml").write_bytes(diffsim.TASKS["cartpole"].xml.read_bytes())
+    (tmp_path / "cart.xml").write_text("<mujoco>nor this one</mujoco>")
+    (folder / "beside_it.py").write_text("from diffsim.tasks import Cartpole\n")
+    (folder / "torch.py").write_text("not torch\n")
+    code = "import torch\nfrom beside_it import Cartpole\n\n\nclass Mine(Cartpole):\n    xml = 'cart.xml'\n"
+    (folder / "task.py").write_text(code)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert make("its folder/task.py:Mine").model.nv == 2
+
+
+def test_a_misspelt_method_is_named_in_a_warning():
+    class Mine(diffsim.TASKS["cartpole"]):
+        noise = 3
+
+        def rewards(self, qpos, qvel, action):
+            return qpos[0]
+
+    with pytest.warns(UserWarning, match="Mine.rewards means nothing to diffsim; is it reward\\?") as said:
+        make(Mine)
+    assert len(said) == 1

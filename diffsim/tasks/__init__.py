@@ -1,6 +1,8 @@
 """One file a task. A task says where an episode starts, what is observed, what is rewarded and when it ends."""
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 from diffsim.gymnasium_env import is_gymnasium_id
@@ -28,7 +30,8 @@ def is_file(name: str) -> bool:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, or the class in a file: "path/to/my_task.py:MyTask".
+    """The task of that name, or the class in a file: "path/to/my_task.py:MyTask". Its xml and what the file
+    imports may be beside it.
 
     Raises ValueError, one line, for an unknown name, a file or class that is not there, or a class that is no Task.
     """
@@ -41,18 +44,25 @@ def find_task(name: str) -> Task:
                 f"unknown env '{name}'; there is {', '.join(TASKS)}, path/to/my_task.py:MyTask, or a Gymnasium id"
             )
         return TASKS[name]()
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise ValueError(f"env '{name}': no file {file}")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
+    if Path(file).suffix != ".py":
+        raise ValueError(f"env '{name}': {file} is no .py file")
+    module, folder = importlib.util.module_from_spec(spec), str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # the last: a torch.py there is not torch
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(f"env '{name}': {file} does not import: {described(e)}") from e
-    task = getattr(module, cls, None)
+    task = vars(module).get(cls)
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise ValueError(f"env '{name}': {file} has no class {cls} that derives from diffsim.Task")
-    return instance(task)
+    task = instance(task)
+    if "<" not in str(task.xml) and os.path.isfile(Path(folder, task.xml)):
+        task.xml = Path(folder, task.xml)
+    return task
 
 
 def default_physics(task: str | Task) -> str:

@@ -1,8 +1,10 @@
 """A task is tried when environments are made, on two copies and on one: before hours of training on it."""
 
+import difflib
 import math
 import os
 import traceback
+import warnings
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -15,28 +17,47 @@ DIFFSIM, PACKAGES = str(Path(__file__).parents[1]), str(Path(torch.__file__).par
 
 
 def instance(cls: type) -> Task:
-    """A task of a class. Raises ValueError, one line, for what is no class of tasks or cannot be made."""
+    """A task of a class. Raises ValueError, one line, where it is none, cannot be made, or a setting means nothing."""
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise ValueError(f"{cls!r} is no task: a name, a diffsim.Task or its class is wanted")
     try:
-        return cls()
-    except Exception as e:
+        task = cls()
+    except (Exception, SystemExit) as e:
         raise ValueError(f"{cls.__name__}() raised {described(e)}; a task is made without arguments") from e
+    check_settings(task)
+    return task
 
 
 def check_settings(task: Task):
     """Raises ValueError, one line, for a setting of a task that means nothing."""
     name = type(task).__name__
-    if not hasattr(task, "xml"):
+    if not hasattr(type(task), "xml") and "xml" not in vars(task):
         raise ValueError(f"{name} does not define xml: see diffsim.Task")
+    for setting in ("xml", *(k for k, x in vars(Task).items() if not callable(x) and not k.startswith("_"))):
+        try:
+            getattr(task, setting)
+        except Exception as e:
+            raise ValueError(f"{name}.{setting} raised {described(e)}") from e
     if not isinstance(task.xml, (str, Path)):
         raise ValueError(f"{name}.xml is a {type(task.xml).__name__}; it must be the path of an MJCF file or its text")
     if not (isinstance(task.control_dt, Real) and 0 < task.control_dt < math.inf):
         raise ValueError(f"{name}.control_dt is {task.control_dt!r}; it must be a finite number of seconds above 0")
     for setting in ("substeps", "max_episode_steps"):
         value = getattr(task, setting)
-        if not (isinstance(value, Integral) and value >= 1):
-            raise ValueError(f"{name}.{setting} is {value!r}; it must be a whole number, at least 1")
+        if not (isinstance(value, Integral) and 1 <= value <= 2**31):
+            raise ValueError(f"{name}.{setting} is {value!r}; it must be a whole number between 1 and 2^31")
+    for setting in ("own_integrator", "runs", "warn_of_self_collision"):
+        if not isinstance(value := getattr(task, setting), bool):
+            raise ValueError(f"{name}.{setting} is {value!r}; it must be True or False")
+
+
+def warn_of_typos(task: Task):
+    """A task that derives from another has all that it needs: a misspelt `rewards` would go unnoticed."""
+    known = [x for x in vars(Task) if len(x) > 4 and not x.startswith("_")]
+    for cls in type(task).__mro__:
+        for mine in vars(cls) if not cls.__module__.startswith(("diffsim.", "builtins")) else ():
+            if mine not in known and (meant := difflib.get_close_matches(mine.lower(), known, 1, 0.85)):
+                warnings.warn(f"{cls.__name__}.{mine} means nothing to diffsim; is it {meant[0]}?", stacklevel=2)
 
 
 def check_methods(task: Task, model, differentiable: bool = False) -> int:
@@ -104,7 +125,7 @@ def call(task: Task, method: str, *args):
     """What a method returns; its exception is one line that says where."""
     try:
         return getattr(task, method)(*args)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         name = type(task).__name__
         if isinstance(e, NotImplementedError) and str(e) == method:
             raise ValueError(f"{name} does not define {method}: see diffsim.Task") from None
