@@ -21,8 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+__name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import pandas as pd
 import torch

@@ -13,8 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+__name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import matplotlib.pyplot as plt
 import numpy as np

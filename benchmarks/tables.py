@@ -10,8 +10,7 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 
-if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+__name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import numpy as np
 import pandas as pd

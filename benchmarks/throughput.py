@@ -9,8 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # before what takes seconds to import: Ctrl-C prints no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+__name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import mujoco
 import numpy as np

@@ -315,7 +315,7 @@ env.set_state(dict(env.get_state(), episode_length=torch.zeros(5))) | state has 
 env.set_state(dict(env.get_state(), qpos=[[0, 0], [0, 0]])) | state has qpos as list
 env.set_state(other.get_state()) | state has qpos
 env.set_state({**env.get_state(), "qvel": torch.zeros(7, 2)}) | state has qvel \\(7, 2\\), this environment \\(2, 2\\)
-env.set_state({**env.get_state(), "qvel": torch.zeros(2, 2).to_sparse()}) | state has qvel of
+env.set_state({**env.get_state(), "qvel": torch.zeros(2, 2).to_sparse()}) | state has qvel as Tensor
 env.set_state({**env.get_state(), "start_qpos": torch.zeros(7, 9)}) | state has start_qpos
 env.reset(seed=-1) | seed is -1
 env.reset(seed="x") | seed
