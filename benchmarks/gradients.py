@@ -29,8 +29,8 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import diffsim  # noqa: E402
-import rp_pgm_mb as rp  # noqa: E402
+import diffsim
+import rp_pgm_mb as rp
 
 
 @dataclass

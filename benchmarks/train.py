@@ -29,9 +29,9 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import diffsim  # noqa: E402
-from diffsim.gymnasium_env import is_gymnasium_id  # noqa: E402
-from diffsim.play import load_policy, playback_env, rollout  # noqa: E402
+import diffsim
+from diffsim.gymnasium_env import is_gymnasium_id
+from diffsim.play import load_policy, playback_env, rollout
 
 FOLDERS = ROOT / "runs" / "benchmarks"
 ALGORITHMS = {"rpo_diffsim": "RPO", "shac": "SHAC", "ppo_baseline": "PPO", "rp_pgm_mb": "RP-PGM"}
