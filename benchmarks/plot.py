@@ -69,7 +69,8 @@ def settings(folder: Path) -> dict:
             flags, script = dict(checkpoint["args"]), str(checkpoint["script"])
     except Exception as e:  # torch.load has many
         print(f"plot.py: {file} is not a readable checkpoint ({type(e).__name__})", file=sys.stderr)
-    return {name: x for name, x in flags.items() if name not in INCIDENTAL} | dict(env=env, script=script)
+    flags = {name: x for name, x in flags.items() if name not in INCIDENTAL}
+    return dict(env=env) | flags | dict(script=script)
 
 
 def of_user(folders: tuple[Path, ...]) -> Panels:

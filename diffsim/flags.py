@@ -176,7 +176,9 @@ def parse(Args, defaults: dict):
     args = cli(Args, args=argv)
     if args.resume is not None:
         default = replace(of_checkpoint(Args, "--resume", args.resume), resume=args.resume, stop_after=None)
-        if is_file(default.env) and args.env != default.env:
+        if is_file(default.env) and is_file(args.env):
+            default = replace(default, env=args.env)  # the file may lie elsewhere now
+        elif is_file(default.env):
             fail(f"--resume {args.resume}: a run on code in a file; if you trust that file: --env {quote(default.env)}")
     else:
         with one_line_errors():
@@ -208,6 +210,8 @@ def load(path: str, flag: str = "--resume") -> dict:
     """The checkpoint.pt of a run folder. Whatever else is there ends the program with one line."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
+        if file.suffix == ".pt2":
+            fail(f"{flag} {path}: a policy; what goes on is the run folder, or its checkpoint.pt")
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise FileNotFoundError
         checkpoint = torch.load(file, weights_only=True, map_location="cpu")

@@ -188,7 +188,7 @@ def record(run: Path, video: Path):
 
 def main():
     start()
-    args = cli(Args)
+    args = cli(Args, prog="python -m diffsim.play")
     try:
         check_bounds(args)
         if args.video is not None:

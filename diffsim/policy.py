@@ -21,13 +21,18 @@ import torch
 from torch import Tensor, nn
 
 ENTRY = "diffsim_policy"  # the plain data's name in the archive
-LAYERS = ("aten.linear.default", "aten.layer_norm.default", "aten.silu.default")  # not core, but as harmless
+LAYERS = [f"aten.{name}" for name in (  # as harmless, if not core: of the scripts' networks
+    "linear.default", "layer_norm.default", "silu.default", "flatten.using_ints", "mv.default", "vdot.default",
+    "chunk.default", "broadcast_tensors.default",
+)]  # fmt: skip
 WORDS = (torch.dtype, torch.memory_format, torch.layout)
+# what sizes of a batch are reckoned with
 PYTHON = {f.__name__: f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
 
 
 def import_compiler():
-    """What optimizers and torch.export import: it makes a folder for what might be compiled, here one that exists."""
+    """Import what optimizers and torch.export need, without the empty folder torchinductor_<user> that it would leave:
+    it is told to use the temporary folder itself, which exists."""
     unset = "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     import torch._dynamo.package
@@ -161,7 +166,7 @@ def read_policy(path) -> Policy:
         with zipfile.ZipFile(path) as archive:
             entry = [entry for entry in archive.infolist() if entry.filename.endswith(f"/extra/{ENTRY}")]
             if entry and entry[0].file_size > path.stat().st_size:
-                raise ValueError("it is compressed, which no diffsim does")
+                raise ValueError("it is compressed, as no file of diffsim is: it may be too large for the memory")
             packed = base64.b64decode(archive.read(entry[0])) if entry else None
         if packed is None:
             raise ValueError("it holds no plain data: another program made it, or an older diffsim")

@@ -125,6 +125,7 @@ shac.py --resume {binary} | not a readable checkpoint
 shac.py --resume {empty} | not a readable checkpoint
 shac.py --resume {number} | checkpoint
 shac.py --resume {nothing} | checkpoint
+shac.py --resume {run}/policy.pt2 | a policy; what goes on is the run folder
 shac.py --resume {run} --seed 9 | --seed is 9, the run has 1
 shac.py --resume {run} --horizon 9 | --horizon is 9, the run has 2
 shac.py --resume {run} --env ant | --env is ant, the run has cartpole
@@ -253,6 +254,8 @@ TASKS = {
     "RewardNumber(Arm): reward = lambda s, q, v, a: 1.0": "RewardNumber.reward",
     "RewardSum(Arm): reward = lambda s, q, v, a: q.sum()": "RewardSum.reward",
     "RewardPair(Arm): reward = lambda s, q, v, a: q": "RewardPair.reward",
+    "RewardMixes(Arm): reward = lambda s, q, v, a: q[0] - a.square().sum()": "RewardMixes.reward of one environment",
+    "ObserveMixes(Arm): observe = lambda s, q, v, a: q - q.mean()": "ObserveMixes.observe of one environment depends",
     "RewardNan(Arm): reward = lambda s, q, v, a: (q[0] - 99).sqrt()": "RewardNan.reward",
     "RewardInt(Arm): reward = lambda s, q, v, a: (q[0] > 0).long()": "RewardInt.reward",
     "RewardBool(Arm): reward = lambda s, q, v, a: q[0] > 0": "RewardBool.reward",

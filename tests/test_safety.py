@@ -243,6 +243,10 @@ def test_resume_imports_a_file_that_the_user_names(stranger, marked, refused):
     marked()
     run_script("shac.py", "--resume", folder, "--env", env, "--stop-after", 2)
     assert marked()
+    file, _, name = env.rpartition(":")
+    moved = shutil.move(file, f"{file[:-3]}_moved.py")
+    run_script("shac.py", "--resume", folder, "--env", f"{moved}:{name}", "--stop-after", 3)
+    assert marked()
 
 
 def test_a_checkpoint_is_data(copy, marked, refused):

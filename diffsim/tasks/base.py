@@ -16,16 +16,25 @@ class Task:
     """Subclass it, set `xml`, and write reset, observe and reward; terminated where episodes end before their time.
 
     All but `reset` are differentiated: tensors in, tensors out, for B environments at once.
+
+    xml: an MJCF file, beside the task's or a path, or its text
+    control_dt: seconds an action is held
+    substeps: physics steps in that time
+    max_episode_steps: control steps; then the episode is truncated
+    physics: engine that runs it unless another is asked for
+    own_integrator: on MuJoCo's physics the MJCF's integrator, not Euler
+    runs: whether it runs along x for its reward, so that its speed is of interest
+    warn_of_self_collision: links never touch each other; say so where MuJoCo's would
     """
 
-    xml: str | Path  # an MJCF file (a path) or its text
-    control_dt = 1 / 60  # seconds an action is held
-    substeps = 4  # physics steps in that time
-    max_episode_steps = 1000  # control steps; then the episode is truncated
-    physics = "diffsim"  # engine that runs it unless another is asked for
-    own_integrator = False  # on MuJoCo's physics: the MJCF's integrator, not Euler
-    runs = False  # along x, for a reward: its speed is of interest
-    warn_of_self_collision = True  # links never touch each other; say so where MuJoCo's would
+    xml: str | Path
+    control_dt = 1 / 60
+    substeps = 4
+    max_episode_steps = 1000
+    physics = "diffsim"
+    own_integrator = False
+    runs = False
+    warn_of_self_collision = True
 
     def reset(self, model, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Initial qpos (nq, count), qvel (nv, count); draw every random number from `generator`."""

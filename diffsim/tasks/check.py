@@ -77,6 +77,7 @@ def check_methods(task: Task, model, differentiable: bool = False) -> int:
         for x, rows in zip(drawn, (model.nq, model.nv)):
             check(task, "reset", x, (rows, count), model, model.dtype)
         arguments = dict(zip(("qpos", "qvel"), drawn), action=drawn[0].new_zeros(model.nu, count))
+        arguments["action"].uniform_(-1, 1, generator=generator)
         arguments = {k: x.detach().requires_grad_(differentiable) for k, x in arguments.items()}
         qpos, qvel, action = arguments.values()
         before = {k: x.clone() for k, x in arguments.items()}
@@ -91,9 +92,18 @@ def check_methods(task: Task, model, differentiable: bool = False) -> int:
             for k, argument in arguments.items():
                 if not torch.equal(argument, before[k]):
                     raise ValueError(f"{type(task).__name__}.{method} changes {k} in place; it must leave it as it is")
+            alone = call(task, method, *(y[:, :1] for y in given)) if count == 2 else x
+            differs = isinstance(alone, Tensor) and alone.shape == (*x.shape[:-1], 1) and not close(alone, x[..., :1])
+            if differs and close(call(task, method, *given), x):  # else it draws random numbers
+                text = "depends on another's; rows are quantities, columns environments: sum(0), not sum()"
+                raise ValueError(f"{type(task).__name__}.{method} of one environment {text}")
             if method == "observe":
                 obs_dim = len(x)
     return obs_dim
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5)
 
 
 def reward_method(task: Task) -> str:
