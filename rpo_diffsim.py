@@ -68,6 +68,8 @@ class Args(RunArgs):
     """weight of KL(old || new)"""
     entropy_coef: Weight = 0.0
     """weight of the entropy bonus (the paper: 0.2 on Ant, 0.25 on Hopper)"""
+    score_share: Weight = 0.0
+    """norm of the score function's gradient (PPO's), as a share of that of the action-gradients'; 0: RPO"""
     actor_learning_rate: Rate = 2e-3
     """initial learning rate of the policy; falls linearly to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
     critic_learning_rate: Rate = 1e-3
@@ -260,6 +262,17 @@ def rpo_surrogate(policy: Normal, u, old_log_prob, g, clip_low: float, clip_high
     return torch.where(inside, ratio, 0.0) * (g * regenerated).sum(-1), ratio  # the ratio out of range may be infinite
 
 
+def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
+    """PPO's clipped objective of each sample (Schulman et al. 2017, eq. 7): (...,). It needs no derivative of R."""
+    ratio = (policy.log_prob(u).sum(-1) - old_log_prob).clamp(max=10).exp()  # an infinite one has the gradient nan
+    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def gradient_norm(x, parameters: list):
+    """Norm of dx/dparameters; x keeps its graph."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(x, parameters, retain_graph=True)]).norm()
+
+
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.horizon
@@ -322,7 +335,7 @@ if __name__ == "__main__":
         g = torch.where(nonfinite, 0.0, g)
         g_norm = g.norm(dim=-1, keepdim=True)
         g = (g * (args.max_action_grad_norm / g_norm.clamp_min(1e-30)).clamp(max=1.0)).flatten(0, 1)  # (H N, act_dim)
-        window = {key: x.detach() for key, x in window.items()}
+        window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
         inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
         run.lap("simulate")
 
@@ -330,24 +343,33 @@ if __name__ == "__main__":
         with torch.no_grad():
             old = actor(inputs)
             old_log_prob = old.log_prob(u).sum(-1)
+            after = next_values.mean(0)
+            targets = td_lambda(window["reward"], after, *ends, args.gamma, args.gae_lambda).flatten()
+            advantage = targets - target_critic(inputs).mean(0)
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         for _ in range(args.update_epochs):
             shuffled = torch.randperm if args.num_minibatches > 1 else torch.arange
             for index in shuffled(batch_size, device=env.device).chunk(args.num_minibatches):
                 new, before = actor(inputs[index]), Normal(old.mean[index], old.stddev[index], validate_args=False)
-                surrogate, ratio = rpo_surrogate(new, u[index], old_log_prob[index], g[index], clip_low, clip_high)
+                surrogate, _ = rpo_surrogate(new, u[index], old_log_prob[index], g[index], clip_low, clip_high)
                 kl = kl_divergence(before, new).sum(-1).mean()  # eq. 12
                 entropy = new.entropy().sum(-1).mean()  # eq. 13
                 policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
+                if args.score_share:  # what ends an episode has no derivative: falls reach the policy through this term
+                    score = ppo_surrogate(new, u[index], old_log_prob[index], advantage[index]).mean()
+                    norms = (gradient_norm(x, list(actor.parameters())) for x in (surrogate.mean(), score))
+                    policy_loss = policy_loss - args.score_share * next(norms) / (next(norms) + 1e-8) * score
                 actor_optimizer.zero_grad()
                 policy_loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
                 actor_optimizer.step()
+        with torch.no_grad():  # how far the window's updates went
+            new = actor(inputs)
+            kl = kl_divergence(old, new).sum(-1).mean()
+            ratio = (new.log_prob(u).sum(-1) - old_log_prob).exp()
         run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
-        with torch.no_grad():
-            after = next_values.mean(0)
-            targets = td_lambda(window["reward"], after, *ends, args.gamma, args.gae_lambda).flatten()
         for _ in range(args.critic_epochs):
             for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
                 value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum()
