@@ -16,6 +16,7 @@ rpo_continuous_action.py, which is Robust Policy Optimization.
 """
 
 import copy
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
@@ -56,8 +57,6 @@ class Args(RunArgs):
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
     update_epochs: Count = 5
     """M, policy updates on a window's action-gradients; 1 makes it SHAC"""
-    num_minibatches: Count = 1
-    """minibatches of such an epoch"""
     clip_low: Clip = 0.8
     """a sample whose importance ratio falls below 1 - clip_low gives no policy gradient"""
     clip_high: Clip = 1.0
@@ -82,6 +81,10 @@ class Args(RunArgs):
     """Adam's first moment decay"""
     adam_beta2: Decay = 0.95
     """Adam's second moment decay"""
+    action_gradient_lambda: Fraction = 1.0
+    """lambda of the returns R in dR/du, as GI-PPO has it: lower leans on the critics' slope, and varies less; 1: RPO"""
+    normalize_action_gradients: bool = False
+    """divide a window's dR/du by their root mean square"""
     max_action_grad_norm: Norm = float("inf")
     """dR/du of a sample is scaled down to this norm: no sample outshouts the rest where contacts are stiff"""
     max_grad_norm: Norm = 1.0
@@ -92,6 +95,8 @@ class Args(RunArgs):
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
     """share of the target critics that is kept at each update"""
+    normalize_returns: bool = False
+    """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Count = 2
     """critics, whose mean is the value"""
     critic_epochs: Count = 16
@@ -186,9 +191,20 @@ class Critics(nn.Module):
         super().__init__()
         sizes = [obs_dim, *args.critic_hidden, 1]
         self.members = nn.ModuleList(mlp(sizes, args.activation) for _ in range(args.num_critics))
+        self.returns = Normalizer(1)
 
     def forward(self, obs):
-        return torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
+        values = torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
+        return self.returns.mean + self.returns.var.sqrt() * values
+
+    @torch.no_grad()
+    def rescale(self, targets):
+        """Take the scale of more returns (n,); values stay as they are (PopArt, van Hasselt et al. 2016, eq. 7)."""
+        mean, std = self.returns.mean.clone(), self.returns.var.sqrt()
+        self.returns.update(targets[:, None])
+        for last in (member[-1] for member in self.members):
+            last.weight.mul_(std / self.returns.var.sqrt())
+            last.bias.mul_(std).add_(mean - self.returns.mean).div_(self.returns.var.sqrt())
 
 
 class Normalizer(nn.Module):
@@ -248,6 +264,25 @@ def sum_of_starts(returns, terminated, truncated):
     return torch.where(starts, returns, 0.0).sum()
 
 
+def squashed_entropy(policy: Normal, u):
+    """Entropy (...,) of tanh(u), u (..., act_dim) a sample of the policy: exact up to the tanh's share."""
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
+    return (policy.entropy() + log_slope).sum(-1)
+
+
+def action_gradients(returns, us, terminated, truncated, lam: float):
+    """g = dR/du of every sample (H, N, act_dim), from one backward pass of the TD(lam) returns (H, N) at their starts.
+
+    u of an episode's step c weighs lam^c there; its own return R is divided by that (GI-PPO, Son et al. 2023,
+    arXiv 2312.08710, eq. 15). With lam = 1 it is RPO's.
+    """
+    weight, gradients = torch.ones_like(returns[:1, :, None]), []
+    for g, ended in zip(torch.autograd.grad(sum_of_starts(returns, terminated, truncated), us), terminated | truncated):
+        gradients.append(g / weight)
+        weight = torch.where(ended[:, None], 1.0, weight * lam)
+    return torch.cat(gradients)
+
+
 def rpo_surrogate(policy: Normal, u, old_log_prob, g, clip_low: float, clip_high: float):
     """ratio <g, u'> of each sample whose importance ratio is in range, else 0 (eq. 11); and the ratio: (...,) both.
 
@@ -268,16 +303,18 @@ def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
     return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def gradient_norm(x, parameters: list):
-    """Norm of dx/dparameters; x keeps its graph."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(x, parameters, retain_graph=True)]).norm()
+def gradient_norm(x, actor: Actor):
+    """|dx/dtheta| over the policy's parameters; x keeps its graph."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(x, actor.parameters(), retain_graph=True)]).norm()
 
 
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.horizon
-    if batch_size < max(args.critic_minibatches, args.num_minibatches):
-        fail(f"--num-minibatches or --critic-minibatches: more than the {batch_size} samples of a window")
+    if batch_size < args.critic_minibatches:
+        fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {batch_size} samples of a window")
+    if args.action_gradient_lambda ** (args.horizon - 1) < 1e-20:
+        fail(f"--action-gradient-lambda {args.action_gradient_lambda} vanishes in a window of {args.horizon} steps")
     if args.physics == "gymnasium":
         fail("--physics gymnasium has no gradient: use mujoco, or ppo_baseline.py or rp_pgm_mb.py")
     num_iterations = max(1, args.total_timesteps // batch_size)
@@ -328,13 +365,14 @@ if __name__ == "__main__":
 
         # --- action-gradients: one backward pass through physics, g = dR/du of every sample ----------------------
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
-        returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam=1.0)
-        objective = sum_of_starts(returns, *ends)
-        g = torch.stack(torch.autograd.grad(objective, us))
+        returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.action_gradient_lambda)
+        g = action_gradients(returns, us, *ends, args.action_gradient_lambda)
         nonfinite = (~torch.isfinite(g)).any(-1, keepdim=True)
         g = torch.where(nonfinite, 0.0, g)
-        g_norm = g.norm(dim=-1, keepdim=True)
-        g = (g * (args.max_action_grad_norm / g_norm.clamp_min(1e-30)).clamp(max=1.0)).flatten(0, 1)  # (H N, act_dim)
+        g_norm = g.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        if args.normalize_action_gradients:
+            g, g_norm = (x / g.square().mean().sqrt().clamp_min(1e-30) for x in (g, g_norm))
+        g = (g * (args.max_action_grad_norm / g_norm).clamp(max=1.0)).flatten(0, 1)  # (H N, act_dim)
         window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
         inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
         run.lap("simulate")
@@ -347,22 +385,22 @@ if __name__ == "__main__":
             targets = td_lambda(window["reward"], after, *ends, args.gamma, args.gae_lambda).flatten()
             advantage = targets - target_critic(inputs).mean(0)
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        for _ in range(args.update_epochs):
-            shuffled = torch.randperm if args.num_minibatches > 1 else torch.arange
-            for index in shuffled(batch_size, device=env.device).chunk(args.num_minibatches):
-                new, before = actor(inputs[index]), Normal(old.mean[index], old.stddev[index], validate_args=False)
-                surrogate, _ = rpo_surrogate(new, u[index], old_log_prob[index], g[index], clip_low, clip_high)
-                kl = kl_divergence(before, new).sum(-1).mean()  # eq. 12
-                entropy = new.entropy().sum(-1).mean()  # eq. 13
-                policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
-                if args.score_share:  # what ends an episode has no derivative: falls reach the policy through this term
-                    score = ppo_surrogate(new, u[index], old_log_prob[index], advantage[index]).mean()
-                    norms = (gradient_norm(x, list(actor.parameters())) for x in (surrogate.mean(), score))
-                    policy_loss = policy_loss - args.score_share * next(norms) / (next(norms) + 1e-8) * score
-                actor_optimizer.zero_grad()
-                policy_loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-                actor_optimizer.step()
+        for epoch in range(args.update_epochs):
+            new = actor(inputs)
+            surrogate, _ = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)
+            kl = kl_divergence(old, new).sum(-1).mean()  # eq. 12
+            entropy = squashed_entropy(new, new.rsample()).mean()  # eq. 13
+            policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
+            if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
+                score = ppo_surrogate(new, u, old_log_prob, advantage).mean()
+                if epoch == 0:
+                    norms = gradient_norm(surrogate.mean(), actor), gradient_norm(score, actor).clamp_min(1e-30)
+                    score_coef = args.score_share * norms[0] / norms[1]
+                policy_loss = policy_loss - score_coef * score
+            actor_optimizer.zero_grad()
+            policy_loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+            actor_optimizer.step()
         with torch.no_grad():  # how far the window's updates went
             new = actor(inputs)
             kl = kl_divergence(old, new).sum(-1).mean()
@@ -370,9 +408,12 @@ if __name__ == "__main__":
         run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
+        for part in (critic, target_critic) if args.normalize_returns else ():
+            part.rescale(targets)
         for _ in range(args.critic_epochs):
             for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
-                value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum()
+                error = (critic(inputs[index]) - targets[index]) / critic.returns.var.sqrt()
+                value_loss = error.square().mean(1).sum()
                 critic_optimizer.zero_grad()
                 value_loss.backward()
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
@@ -386,7 +427,7 @@ if __name__ == "__main__":
 
         # --- log and evaluate ------------------------------------------------------------------------------------
         run.log({
-            "losses/objective": objective / batch_size, "losses/kl": kl, "policy/max_ratio": ratio.max(),
+            "losses/objective": returns[0].mean(), "losses/kl": kl, "policy/max_ratio": ratio.max(),
             "policy/inside_clip": ((ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)).float().mean(),
             "policy/std": new.stddev.mean(), "grad/action_norm": g_norm.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
