@@ -10,7 +10,6 @@ With one epoch this is SHAC: `diff shac.py rpo_diffsim.py` shows the rest. It is
 rpo_continuous_action.py, which is Robust Policy Optimization.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
-    python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/ant__rpo_diffsim__1__<time>  # returns, and --video ant.mp4
 """
@@ -23,6 +22,7 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
 import diffsim
@@ -60,15 +60,11 @@ class Args(RunArgs):
     clip_low: Clip = 0.8
     """a sample whose importance ratio falls below 1 - clip_low gives no policy gradient"""
     clip_high: Clip = 1.0
-    """nor one whose ratio rises above 1 + clip_high"""
-    clip_coef: Clip | None = None
-    """symmetric clip range, in the place of clip_low and clip_high (inf: no clipping)"""
+    """nor one whose ratio rises above 1 + clip_high (both inf: no clipping)"""
     kl_coef: Weight = 0.25
     """weight of KL(old || new)"""
     entropy_coef: Weight = 0.0
     """weight of the entropy bonus (the paper: 0.2 on Ant, 0.25 on Hopper)"""
-    score_share: Weight = 0.0
-    """norm of the score function's gradient (PPO's), as a share of that of the action-gradients'; 0: RPO"""
     actor_learning_rate: Rate = 2e-3
     """initial learning rate of the policy; falls linearly to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
     critic_learning_rate: Rate = 1e-3
@@ -87,6 +83,8 @@ class Args(RunArgs):
     """divide a window's dR/du by their root mean square"""
     max_action_grad_norm: Norm = float("inf")
     """dR/du of a sample is scaled down to this norm: no sample outshouts the rest where contacts are stiff"""
+    score_share: Weight = 0.0
+    """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     gamma: Fraction = 0.99
@@ -185,26 +183,17 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Values V(obs), one network or several."""
+    """Values V(obs), one network or several, each of returns scaled to mean 0 and deviation 1."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim, *args.critic_hidden, 1]
         self.members = nn.ModuleList(mlp(sizes, args.activation) for _ in range(args.num_critics))
-        self.returns = Normalizer(1)
+        self.returns = Normalizer(1)  # mean 0 and variance 1 until it is updated
 
     def forward(self, obs):
         values = torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
         return self.returns.mean + self.returns.var.sqrt() * values
-
-    @torch.no_grad()
-    def rescale(self, targets):
-        """Take the scale of more returns (n,); values stay as they are (PopArt, van Hasselt et al. 2016, eq. 7)."""
-        mean, std = self.returns.mean.clone(), self.returns.var.sqrt()
-        self.returns.update(targets[:, None])
-        for last in (member[-1] for member in self.members):
-            last.weight.mul_(std / self.returns.var.sqrt())
-            last.bias.mul_(std).add_(mean - self.returns.mean).div_(self.returns.var.sqrt())
 
 
 class Normalizer(nn.Module):
@@ -277,7 +266,7 @@ def action_gradients(returns, us, terminated, truncated, lam: float):
     arXiv 2312.08710, eq. 15). With lam = 1 it is RPO's.
     """
     weight, gradients = torch.ones_like(returns[:1, :, None]), []
-    for g, ended in zip(torch.autograd.grad(sum_of_starts(returns, terminated, truncated), us), terminated | truncated):
+    for g, ended in zip(grad(sum_of_starts(returns, terminated, truncated), us), terminated | truncated):
         gradients.append(g / weight)
         weight = torch.where(ended[:, None], 1.0, weight * lam)
     return torch.cat(gradients)
@@ -303,22 +292,16 @@ def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
     return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def gradient_norm(x, actor: Actor):
-    """|dx/dtheta| over the policy's parameters; x keeps its graph."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(x, actor.parameters(), retain_graph=True)]).norm()
-
-
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.horizon
     if batch_size < args.critic_minibatches:
         fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {batch_size} samples of a window")
-    if args.action_gradient_lambda ** (args.horizon - 1) < 1e-20:
-        fail(f"--action-gradient-lambda {args.action_gradient_lambda} vanishes in a window of {args.horizon} steps")
+    if (lam := args.action_gradient_lambda) ** (args.horizon - 1) < 1e-20:
+        fail(f"--action-gradient-lambda {lam} vanishes over --horizon {args.horizon}; use a shorter one, or more of it")
     if args.physics == "gymnasium":
         fail("--physics gymnasium has no gradient: use mujoco, or ppo_baseline.py or rp_pgm_mb.py")
     num_iterations = max(1, args.total_timesteps // batch_size)
-    clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip_coef is None else (args.clip_coef,) * 2
     run = Run(args, num_iterations, batch_size)
 
     with one_line_errors():
@@ -334,9 +317,9 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic)
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
-    adam = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay, fused=True)
-    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **adam)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **adam)
+    settings = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay, fused=True)
+    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
     run.restore(
         policy, env, actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
@@ -344,10 +327,8 @@ if __name__ == "__main__":
 
     for iteration in run:
         left = 1 - iteration / num_iterations
-        for optimizer, initial in (
-            (actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)
-        ):  # fmt: skip
-            optimizer.param_groups[0]["lr"] = args.min_learning_rate + left * (initial - args.min_learning_rate)
+        for adam, rate in ((actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)):
+            adam.param_groups[0]["lr"] = args.min_learning_rate + left * (rate - args.min_learning_rate)
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
         obs, window = env.detach(), defaultdict(list)
@@ -365,8 +346,8 @@ if __name__ == "__main__":
 
         # --- action-gradients: one backward pass through physics, g = dR/du of every sample ----------------------
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
-        returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.action_gradient_lambda)
-        g = action_gradients(returns, us, *ends, args.action_gradient_lambda)
+        returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam)
+        g = action_gradients(returns, us, *ends, lam)
         nonfinite = (~torch.isfinite(g)).any(-1, keepdim=True)
         g = torch.where(nonfinite, 0.0, g)
         g_norm = g.norm(dim=-1, keepdim=True).clamp_min(1e-30)
@@ -381,35 +362,36 @@ if __name__ == "__main__":
         with torch.no_grad():
             old = actor(inputs)
             old_log_prob = old.log_prob(u).sum(-1)
-            after = next_values.mean(0)
-            targets = td_lambda(window["reward"], after, *ends, args.gamma, args.gae_lambda).flatten()
+            targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
             advantage = targets - target_critic(inputs).mean(0)
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            advantage = advantage - advantage.mean()  # its scale does not matter: see score_share
         for epoch in range(args.update_epochs):
             new = actor(inputs)
-            surrogate, _ = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)
+            surrogate, _ = rpo_surrogate(new, u, old_log_prob, g, args.clip_low, args.clip_high)
             kl = kl_divergence(old, new).sum(-1).mean()  # eq. 12
             entropy = squashed_entropy(new, new.rsample()).mean()  # eq. 13
             policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
             if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
                 score = ppo_surrogate(new, u, old_log_prob, advantage).mean()
                 if epoch == 0:
-                    norms = gradient_norm(surrogate.mean(), actor), gradient_norm(score, actor).clamp_min(1e-30)
-                    score_coef = args.score_share * norms[0] / norms[1]
+                    gradients = (grad(x, actor.parameters(), retain_graph=True) for x in (surrogate.mean(), score))
+                    norm, score_norm = map(nn.utils.get_total_norm, gradients)
+                    score_coef = args.score_share * norm / score_norm.clamp_min(1e-30)
                 policy_loss = policy_loss - score_coef * score
             actor_optimizer.zero_grad()
             policy_loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
             actor_optimizer.step()
-        with torch.no_grad():  # how far the window's updates went
-            new = actor(inputs)
+        with torch.no_grad():
+            new = actor(inputs)  # how far the update went
             kl = kl_divergence(old, new).sum(-1).mean()
             ratio = (new.log_prob(u).sum(-1) - old_log_prob).exp()
+            inside = (ratio >= 1 - args.clip_low) & (ratio <= 1 + args.clip_high)
         run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
-        for part in (critic, target_critic) if args.normalize_returns else ():
-            part.rescale(targets)
+        for part in {critic, target_critic} if args.normalize_returns else ():
+            part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
             for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
                 error = (critic(inputs[index]) - targets[index]) / critic.returns.var.sqrt()
@@ -427,9 +409,9 @@ if __name__ == "__main__":
 
         # --- log and evaluate ------------------------------------------------------------------------------------
         run.log({
-            "losses/objective": returns[0].mean(), "losses/kl": kl, "policy/max_ratio": ratio.max(),
-            "policy/inside_clip": ((ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)).float().mean(),
-            "policy/std": new.stddev.mean(), "grad/action_norm": g_norm.mean(),
+            "policy/max_ratio": ratio.max(), "policy/inside_clip": inside.float().mean(),
+            "losses/objective": returns[0].mean(), "grad/action_norm": g_norm.mean(),
+            "losses/kl": kl, "policy/std": new.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
             "grad/nonfinite": nonfinite.sum(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],

@@ -23,7 +23,8 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-from torch.distributions import Normal
+from torch.autograd import grad
+from torch.distributions import Normal, kl_divergence
 
 import diffsim
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
@@ -67,8 +68,8 @@ class Args(RunArgs):
     """Adam's first moment decay"""
     adam_beta2: Decay = 0.95
     """Adam's second moment decay"""
-    max_action_grad_norm: Norm = float("inf")
-    """dR/du of a sample is scaled down to this norm: no sample outshouts the rest where contacts are stiff"""
+    score_share: Weight = 0.0
+    """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     gamma: Fraction = 0.99
@@ -77,8 +78,10 @@ class Args(RunArgs):
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
     """share of the target critics that is kept at each update"""
+    normalize_returns: bool = False
+    """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Count = 2
-    """critics (the paper: one); the policy bootstraps with their mean, the TD(lambda) targets with their minimum"""
+    """critics, whose mean is the value"""
     target_critic: bool = True
     """bootstrap with a copy of the critics that follows them slowly"""
     critic_epochs: Count = 16
@@ -112,8 +115,8 @@ class Args(RunArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-LEGGED = dict(  # hops or walks on two feet: longer windows, a bound on a sample, diffsim's own softness
-    horizon=16, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
+LEGGED = dict(  # hops or walks on two feet: longer windows, diffsim's own softness
+    horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0,
 )  # fmt: skip
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
@@ -131,7 +134,6 @@ DEFAULTS = {
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
     "hopper on mujoco": ON_MUJOCO | LEGGED,
     "walker on mujoco": ON_MUJOCO | LEGGED,
-    "humanoid on mujoco": dict(max_action_grad_norm=3.0),
 }  # fmt: skip
 
 
@@ -167,15 +169,17 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Values V(obs), one network or several."""
+    """Values V(obs), one network or several, each of returns scaled to mean 0 and deviation 1."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim, *args.critic_hidden, 1]
         self.members = nn.ModuleList(mlp(sizes, args.activation) for _ in range(args.num_critics))
+        self.returns = Normalizer(1)  # mean 0 and variance 1 until it is updated
 
     def forward(self, obs):
-        return torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
+        values = torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
+        return self.returns.mean + self.returns.var.sqrt() * values
 
 
 class Normalizer(nn.Module):
@@ -241,6 +245,12 @@ def squashed_entropy(policy: Normal, u):
     return (policy.entropy() + log_slope).sum(-1)
 
 
+def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
+    """PPO's clipped objective of each sample (Schulman et al. 2017, eq. 7): (...,). It needs no derivative of R."""
+    ratio = (policy.log_prob(u).sum(-1) - old_log_prob).clamp(max=10).exp()  # an infinite one has the gradient nan
+    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.horizon
@@ -266,13 +276,12 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic) if args.target_critic else critic
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
-    adam = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay, fused=True)
-    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **adam)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **adam)
+    settings = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay, fused=True)
+    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
     temperature = nn.ParameterList([torch.tensor(max(args.entropy_coef, 1e-8)).log()]).to(env.device)
     temperature_optimizer = torch.optim.Adam(temperature, args.entropy_learning_rate)
     target_entropy = -act_dim / 2
-    bound = args.max_action_grad_norm / batch_size  # the loss is a mean over samples
     run.restore(
         policy, env, actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, temperature=temperature,
@@ -281,10 +290,8 @@ if __name__ == "__main__":
 
     for iteration in run:
         left = 1 - iteration / num_iterations
-        for optimizer, initial in (
-            (actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)
-        ):  # fmt: skip
-            optimizer.param_groups[0]["lr"] = args.min_learning_rate + left * (initial - args.min_learning_rate)
+        for adam, rate in ((actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)):
+            adam.param_groups[0]["lr"] = args.min_learning_rate + left * (rate - args.min_learning_rate)
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
         obs, window = env.detach(), defaultdict(list)
@@ -292,8 +299,6 @@ if __name__ == "__main__":
         for _ in range(args.horizon):
             dist = actor(normalizer(obs))
             u = dist.mean + dist.stddev * torch.randn_like(dist.mean)
-            if bound < float("inf"):
-                u.register_hook(lambda g: g * (bound / g.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp(max=1.0))
             next_obs, reward, terminated, truncated, info = env.step(torch.tanh(u))
             entropy = squashed_entropy(dist, u)
             window["entropy"].append(entropy)
@@ -313,25 +318,41 @@ if __name__ == "__main__":
         policy_loss = -sum_of_starts(returns, *ends) / batch_size
         actor_optimizer.zero_grad()
         policy_loss.backward(inputs=list(actor.parameters()))
+        run.lap("simulate")
+        window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
+        inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
+        with torch.no_grad():
+            old = actor(inputs)
+            old_log_prob = old.log_prob(u).sum(-1)
+            targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
+            advantage = targets - target_critic(inputs).mean(0)
+            advantage = advantage - advantage.mean()  # its scale does not matter: see score_share
+        if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
+            score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage).mean()
+            gradients = [p.grad for p in actor.parameters()], grad(score, actor.parameters(), retain_graph=True)
+            norm, score_norm = map(nn.utils.get_total_norm, gradients)
+            (-args.score_share * norm / score_norm.clamp_min(1e-30) * score).backward()
         nonfinite = torch.cat([~torch.isfinite(p.grad).flatten() for p in actor.parameters()])
         grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
         if not nonfinite.any():
             actor_optimizer.step()
-        window = {key: x.detach() for key, x in window.items()}
-        inputs, entropy = normalizer(window["obs"]).flatten(0, 1), window["entropy"].mean()
+        entropy = window["entropy"].mean()
         if args.learn_entropy_coef:
             temperature_optimizer.zero_grad()
             (temperature[0].exp() * (entropy - target_entropy)).backward()
             temperature_optimizer.step()
-        run.lap("simulate")
+        with torch.no_grad():
+            new = actor(inputs)  # how far the update went
+            kl = kl_divergence(old, new).sum(-1).mean()
+        run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
-        with torch.no_grad():
-            after = next_values.amin(0)
-            targets = td_lambda(window["reward"], after, *ends, args.gamma, args.gae_lambda).flatten()
+        for part in {critic, target_critic} if args.normalize_returns else ():
+            part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
             for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
-                value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum()
+                error = (critic(inputs[index]) - targets[index]) / critic.returns.var.sqrt()
+                value_loss = error.square().mean(1).sum()
                 critic_optimizer.zero_grad()
                 value_loss.backward()
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
@@ -345,7 +366,8 @@ if __name__ == "__main__":
 
         # --- log and evaluate ------------------------------------------------------------------------------------
         run.log({
-            "losses/entropy_coef": entropy_coef, "policy/std": dist.stddev.mean(),
+            "losses/entropy_coef": entropy_coef,
+            "losses/kl": kl, "policy/std": new.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
             "grad/nonfinite": nonfinite.sum(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],

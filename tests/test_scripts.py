@@ -85,6 +85,7 @@ def source(script: str, name: str) -> str:
 @pytest.mark.parametrize(
     "name, scripts",
     [(n, WINDOWS) for n in ("td_lambda", "sum_of_starts", "mlp", "Critics", "Normalizer", "DeterministicPolicy")]
+    + [(n, WINDOWS) for n in ("squashed_entropy", "ppo_surrogate")]
     + [("Normalizer.update", SCRIPTS)],
 )
 def test_what_scripts_share_is_the_same_text(name, scripts):
@@ -162,14 +163,16 @@ COMMON = dict(
 THROUGH_PHYSICS = dict(
     activation="silu", eval_physics=True,
     stiffness=1.2, smoothing=2.0, stagger=False, horizon=2, actor_learning_rate=1e-4, critic_learning_rate=2e-3,
-    min_learning_rate=1e-6, weight_decay=0.01, adam_beta1=0.8, adam_beta2=0.9, max_action_grad_norm=2.0, gae_lambda=0.8,
+    min_learning_rate=1e-6, weight_decay=0.01, adam_beta1=0.8, adam_beta2=0.9, score_share=0.3, gae_lambda=0.8,
+    normalize_returns=True,
     target_alpha=0.4, num_critics=3, critic_epochs=2, critic_minibatches=2, state_dependent_std=True,
 )  # fmt: skip
 GIVEN = {
     "shac.py": COMMON | THROUGH_PHYSICS
     | dict(target_critic=False, learn_entropy_coef=True, entropy_learning_rate=1e-2),
     "rpo_diffsim.py": COMMON | THROUGH_PHYSICS
-    | dict(update_epochs=2, num_minibatches=2, clip_low=0.5, clip_high=0.6, clip_coef=0.3, kl_coef=0.5),
+    | dict(update_epochs=2, clip_low=0.5, clip_high=0.6, kl_coef=0.5, action_gradient_lambda=0.9,
+        normalize_action_gradients=True, max_action_grad_norm=2.0),
     "ppo_baseline.py": COMMON | dict(
         activation="silu", eval_physics=True, num_steps=2,
         stagger=False, learning_rate=1e-4, anneal_lr=False, desired_kl=0.02, gae_lambda=0.8,
@@ -257,7 +260,8 @@ def test_settings_of_a_task_and_an_engine_are_put_together(monkeypatch):
     + [(s, ["--env", "Pendulum-v1"], "--physics gymnasium has no gradient") for s in WINDOWS]
     + [(s, ["--env", "Hopper-v5", "--physics", "gymnasium"], "has no gradient") for s in WINDOWS]
     + [(s, ["--critic-minibatches", 10**6], "--critic-minibatches") for s in WINDOWS]
-    + [(s, ["--num-minibatches", 10**6], "--num-minibatches") for s in SCRIPTS[1:3]]
+    + [("ppo_baseline.py", ["--num-minibatches", 10**6], "--num-minibatches")]
+    + [("rpo_diffsim.py", ["--action-gradient-lambda", 0], "--action-gradient-lambda 0.0 vanishes over --horizon 12")]
     + [("shac.py", ["--learn-entropy-coef"], "--learn-entropy-coef needs an --entropy-coef above 0")]
     + [
         pytest.param(
