@@ -32,12 +32,12 @@ from diffsim.play import Evaluator
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Count, Decay, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Count, Decay, Fraction, Layers, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, run_dir, capture_video: diffsim/flags.py
+    # device, compile, eval_every, eval_episodes, save_every, resume, capture_video and the like: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
@@ -102,12 +102,6 @@ class Args(RunArgs):
     """adapt the temperature so that the entropy comes to -act_dim / 2"""
     entropy_learning_rate: Rate = 5e-3
     """learning rate of the temperature"""
-    eval_every: Natural = 500_000
-    """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Count = 64
-    """episodes of an evaluation (at most num_envs on diffsim)"""
-    eval_physics: bool = False
-    """evaluate on the other engine too"""
 
 
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
