@@ -350,7 +350,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             old = actor(inputs)
             old_log_prob = old.log_prob(u).sum(-1)
-            targets = td_lambda(window["reward"], next_values.amin(0), *ends, args.gamma, args.gae_lambda).flatten()
+            targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
             advantage = targets - target_critic(inputs).mean(0)
             advantage = advantage - advantage.mean()  # its scale does not matter: see score_share
         for epoch in range(args.update_epochs):
