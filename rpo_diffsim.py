@@ -11,7 +11,7 @@ rpo_continuous_action.py, which is Robust Policy Optimization.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
-    python -m diffsim.play runs/ant__rpo_diffsim__1__<time>  # returns, and --video ant.mp4
+    python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
 
 import copy
@@ -31,7 +31,7 @@ from diffsim.play import Evaluator
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Clip, Count, Decay, Fraction, Layers, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Count, Decay, Fraction, Layers, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
@@ -57,9 +57,9 @@ class Args(RunArgs):
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
     update_epochs: Count = 5
     """M, policy updates on a window's action-gradients; 1 makes it SHAC"""
-    clip_low: Clip = 0.8
+    clip_low: Norm = 0.8
     """a sample whose importance ratio falls below 1 - clip_low gives no policy gradient"""
-    clip_high: Clip = 1.0
+    clip_high: Norm = 1.0
     """nor one whose ratio rises above 1 + clip_high (both inf: no clipping)"""
     kl_coef: Weight = 0.25
     """weight of KL(old || new)"""
@@ -80,7 +80,7 @@ class Args(RunArgs):
     normalize_action_gradients: bool = False
     """divide a window's dR/du by their root mean square"""
     max_action_grad_norm: Norm = float("inf")
-    """dR/du of a sample is scaled down to this norm: no sample outshouts the rest where contacts are stiff"""
+    """then scale those of a sample down to this norm: none outshouts the rest where contacts are stiff"""
     score_share: Weight = 0.0
     """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
     max_grad_norm: Norm = 1.0
@@ -114,17 +114,12 @@ class Args(RunArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-LEGGED = dict(  # hops or walks on two feet: longer windows, a bound on a sample, diffsim's own softness
-    horizon=16, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
-)  # fmt: skip
-GYMNASIUM = dict(actor_learning_rate=1e-3, eval_episodes=10)
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000),
     "anymal": dict(total_timesteps=3_000_000),
-    "humanoid": BIG_CRITIC | dict(  # falls within half a second at first: a longer window sees it
-        horizon=16, actor_learning_rate=7e-4, actor_hidden=(256, 128),
-    ),
+    "humanoid": BIG_CRITIC | dict(horizon=16, actor_learning_rate=7e-4, actor_hidden=(256, 128)),  # windows see a fall
     "ant on mujoco": ON_MUJOCO | BIG_CRITIC | dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
     ),
@@ -132,10 +127,10 @@ DEFAULTS = {
     "hopper on mujoco": ON_MUJOCO | LEGGED,
     "walker on mujoco": ON_MUJOCO | LEGGED,
     "humanoid on mujoco": dict(max_action_grad_norm=3.0),
-    "Ant-v5": GYMNASIUM | BIG_CRITIC | dict(num_envs=512, horizon=4),
-    "HalfCheetah-v5": GYMNASIUM | dict(total_timesteps=1_000_000, horizon=4),
-    "Hopper-v5": GYMNASIUM | dict(horizon=8, kl_coef=1.0, max_action_grad_norm=3.0, gamma=0.995),
-    "Walker2d-v5": GYMNASIUM | LEGGED | dict(horizon=32),
+    "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
+    "HalfCheetah-v5": ON_MUJOCO | dict(total_timesteps=1_000_000, horizon=4),
+    "Hopper-v5": ON_MUJOCO | dict(horizon=8, kl_coef=1.0, max_action_grad_norm=3.0, gamma=0.995),
+    "Walker2d-v5": ON_MUJOCO | LEGGED | dict(horizon=32),
 }  # fmt: skip
 
 
@@ -163,9 +158,7 @@ class Actor(nn.Module):
         self.log_std_net = mlp(sizes, args.activation) if args.state_dependent_std else None
 
     def forward(self, obs) -> Normal:
-        log_std = self.log_std
-        if self.log_std_net is not None:
-            log_std = (log_std + self.log_std_net(obs)).clamp(-5, 2)
+        log_std = self.log_std if self.log_std_net is None else (self.log_std + self.log_std_net(obs)).clamp(-5, 2)
         mean = self.mean(obs)
         return Normal(mean, log_std.exp().expand_as(mean), validate_args=False)
 
@@ -250,8 +243,7 @@ def squashed_entropy(policy: Normal, u):
 def action_gradients(returns, us, terminated, truncated, lam: float):
     """g = dR/du of every sample (H, N, act_dim), from one backward pass of the TD(lam) returns (H, N) at their starts.
 
-    u of an episode's step c weighs lam^c there; its own return R is divided by that (GI-PPO, Son et al. 2023,
-    arXiv 2312.08710, eq. 15). With lam = 1 it is RPO's.
+    There step c of an episode weighs lam^c, by which it is divided (GI-PPO, Son et al. 2023, arXiv 2312.08710, eq. 15).
     """
     weight, gradients = torch.ones_like(returns[:1, :, None]), []
     for g, ended in zip(grad(sum_of_starts(returns, terminated, truncated), us), terminated | truncated):
@@ -264,11 +256,9 @@ def rpo_surrogate(policy: Normal, u, old_log_prob, g, clip_low: float, clip_high
     """ratio <g, u'> of each sample whose importance ratio is in range, else 0 (eq. 11); and the ratio: (...,) both.
 
     u' = mean + std noise is the old u as a number, with the new policy's gradient: its noise is regenerated (eq. 10).
-    A sample out of range contributes nothing, whatever the sign of its gradient. The ratio is that of u, in which the
-    Jacobian of tanh cancels.
+    A sample out of range contributes nothing, whatever its gradient. The Jacobian of tanh cancels in the ratio.
     """
-    noise = ((u - policy.mean) / policy.stddev).detach()
-    regenerated = policy.mean + policy.stddev * noise
+    regenerated = policy.mean + policy.stddev * ((u - policy.mean) / policy.stddev).detach()
     ratio = (policy.log_prob(u).sum(-1) - old_log_prob).exp().detach()
     inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
     return torch.where(inside, ratio, 0.0) * (g * regenerated).sum(-1), ratio  # the ratio out of range may be infinite
@@ -332,27 +322,26 @@ if __name__ == "__main__":
         us, window = window["u"], {key: torch.stack(x) for key, x in window.items()}  # (H, N, ...)
         ends = window["terminated"], window["truncated"]
 
-        # --- action-gradients: one backward pass through physics, g = dR/du of every sample ----------------------
+        # --- gradients: one backward pass through physics --------------------------------------------------------
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
         returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam)
         g = action_gradients(returns, us, *ends, lam)
         nonfinite = (~torch.isfinite(g)).any(-1, keepdim=True)
-        g = torch.where(nonfinite, 0.0, g)
-        g_norm = g.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        g = torch.where(nonfinite, 0.0, g).flatten(0, 1)  # (H N, act_dim)
+        g_norm = g.norm(dim=-1).mean()
         if args.normalize_action_gradients:
-            g, g_norm = (x / g.square().mean().sqrt().clamp_min(1e-30) for x in (g, g_norm))
-        g = (g * (args.max_action_grad_norm / g_norm).clamp(max=1.0)).flatten(0, 1)  # (H N, act_dim)
+            g = g / g.square().mean().sqrt().clamp_min(1e-30)
+        g = g * (args.max_action_grad_norm / g.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp(max=1.0)
         window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
         inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
         run.lap("simulate")
 
-        # --- policy: epochs on the cached gradients --------------------------------------------------------------
+        # --- policy: follow them ---------------------------------------------------------------------------------
         with torch.no_grad():
             old = actor(inputs)
             old_log_prob = old.log_prob(u).sum(-1)
             targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
             advantage = targets - target_critic(inputs).mean(0)
-            advantage = advantage - advantage.mean()  # its scale does not matter: see score_share
         for epoch in range(args.update_epochs):
             new = actor(inputs)
             surrogate, _ = rpo_surrogate(new, u, old_log_prob, g, args.clip_low, args.clip_high)
@@ -360,7 +349,7 @@ if __name__ == "__main__":
             entropy = squashed_entropy(new, new.rsample()).mean()  # eq. 13
             policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
             if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
-                score = ppo_surrogate(new, u, old_log_prob, advantage).mean()
+                score = ppo_surrogate(new, u, old_log_prob, advantage - advantage.mean()).mean()
                 if epoch == 0:
                     gradients = (grad(x, actor.parameters(), retain_graph=True) for x in (surrogate.mean(), score))
                     norm, score_norm = map(nn.utils.get_total_norm, gradients)
@@ -396,8 +385,7 @@ if __name__ == "__main__":
 
         # --- log and evaluate ------------------------------------------------------------------------------------
         run.log({
-            "policy/max_ratio": ratio.max(), "policy/inside_clip": inside.float().mean(),
-            "losses/objective": returns[0].mean(), "grad/action_norm": g_norm.mean(),
+            "policy/max_ratio": ratio.max(), "policy/inside_clip": inside.float().mean(), "grad/action_norm": g_norm,
             "losses/kl": kl, "policy/std": new.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),

@@ -12,7 +12,7 @@ ICLR 2025, arXiv 2412.12089). With several updates of a window it is RPO: `diff 
     python shac.py --env ant --entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 \
         --no-target-critic --activation silu --weight-decay 0.01 --max-grad-norm 0.5   # SAPO
     python shac.py --env ant --physics mujoco                # MuJoCo's steps, diffsim's gradients
-    python -m diffsim.play runs/ant__shac__1__<time>         # returns, and --video ant.mp4
+    python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
 
 import copy
@@ -107,16 +107,12 @@ class Args(RunArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-LEGGED = dict(  # hops or walks on two feet: longer windows, diffsim's own softness
-    horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0,
-)  # fmt: skip
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000),
     "anymal": dict(total_timesteps=3_000_000),
-    "humanoid": BIG_CRITIC | dict(  # falls within half a second at first: a longer window sees it
-        horizon=16, actor_learning_rate=1e-3, actor_hidden=(256, 128),
-    ),
+    "humanoid": BIG_CRITIC | dict(horizon=16, actor_learning_rate=1e-3, actor_hidden=(256, 128)),  # windows see a fall
     "ant on mujoco": ON_MUJOCO | BIG_CRITIC | dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
         actor_learning_rate=2e-3,
@@ -151,9 +147,7 @@ class Actor(nn.Module):
         self.log_std_net = mlp(sizes, args.activation) if args.state_dependent_std else None
 
     def forward(self, obs) -> Normal:
-        log_std = self.log_std
-        if self.log_std_net is not None:
-            log_std = (log_std + self.log_std_net(obs)).clamp(-5, 2)
+        log_std = self.log_std if self.log_std_net is None else (self.log_std + self.log_std_net(obs)).clamp(-5, 2)
         mean = self.mean(obs)
         return Normal(mean, log_std.exp().expand_as(mean), validate_args=False)
 
@@ -302,23 +296,24 @@ if __name__ == "__main__":
         window = {key: torch.stack(x) for key, x in window.items()}  # (H, N, ...)
         ends = window["terminated"], window["truncated"]
 
-        # --- policy: one step along the gradient through physics -------------------------------------------------
+        # --- gradients: one backward pass through physics --------------------------------------------------------
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
         returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam=1.0)
         policy_loss = -sum_of_starts(returns, *ends) / batch_size
         actor_optimizer.zero_grad()
         policy_loss.backward(inputs=list(actor.parameters()))
-        run.lap("simulate")
         window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
         inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
+        run.lap("simulate")
+
+        # --- policy: follow them ---------------------------------------------------------------------------------
         with torch.no_grad():
             old = actor(inputs)
             old_log_prob = old.log_prob(u).sum(-1)
             targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
             advantage = targets - target_critic(inputs).mean(0)
-            advantage = advantage - advantage.mean()  # its scale does not matter: see score_share
         if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
-            score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage).mean()
+            score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage - advantage.mean()).mean()
             gradients = [p.grad for p in actor.parameters()], grad(score, actor.parameters(), retain_graph=True)
             norm, score_norm = map(nn.utils.get_total_norm, gradients)
             (-args.score_share * norm / score_norm.clamp_min(1e-30) * score).backward()
