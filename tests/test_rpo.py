@@ -251,6 +251,12 @@ def test_normalised_action_gradients_have_the_root_mean_square_one(tmp_path):
     assert float(end["g"].square().mean()) == pytest.approx(1, rel=1e-5)
 
 
+def test_no_sample_counts_more_than_its_bound(tmp_path):
+    flags = "--env cartpole --num-envs 8 --total-timesteps 16 --normalize-action-gradients --max-action-grad-norm 0.8"
+    norms = after_run(tmp_path, *flags.split())["g"].norm(dim=1)
+    assert float(norms.max()) == pytest.approx(0.8, rel=1e-5) and float(norms.min()) < 0.79
+
+
 def test_rpo_learns(arm, tmp_path):
     """See test_shac_learns_a_task_from_a_file."""
     flags = "--horizon 6 --total-timesteps 46080 --critic-epochs 6 --actor-learning-rate 5e-3".split()
