@@ -6,8 +6,8 @@
    importance ratio, leave it out where the ratio is out of range (eq. 11), and stay near the old policy (eq. 12-14).
 3. Fit the critics to TD(lambda) targets of the same window (SHAC, eq. 6-7); go on from where the environments are.
 
-With one epoch this is SHAC: `diff shac.py rpo_diffsim.py` shows the rest. It is not CleanRL's
-rpo_continuous_action.py, which is Robust Policy Optimization.
+With one epoch this is SHAC: `diff shac.py rpo_diffsim.py` shows the rest. What ESTIMATOR sets is not in the paper.
+It is not CleanRL's rpo_continuous_action.py, Robust Policy Optimization.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
@@ -114,6 +114,9 @@ class Args(RunArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
+ESTIMATOR = dict(  # beyond the paper: dR/du that varies less, and PPO's gradient for falls, which it does not see
+    kl_coef=1.0, score_share=0.5, normalize_returns=True, action_gradient_lambda=0.7, normalize_action_gradients=True,
+)  # fmt: skip
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
@@ -124,12 +127,12 @@ DEFAULTS = {
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
     ),
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
-    "hopper on mujoco": ON_MUJOCO | LEGGED,
-    "walker on mujoco": ON_MUJOCO | LEGGED,
+    "hopper on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
+    "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
     "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | dict(total_timesteps=1_000_000, horizon=4),
-    "Hopper-v5": ON_MUJOCO | dict(horizon=8, kl_coef=1.0, max_action_grad_norm=3.0, gamma=0.995),
+    "Hopper-v5": ON_MUJOCO | ESTIMATOR | dict(num_envs=512, horizon=8, gamma=0.995),
     "Walker2d-v5": ON_MUJOCO | LEGGED | dict(horizon=32),
 }  # fmt: skip
 
