@@ -136,7 +136,9 @@ def test_the_score_functions_share(script, tmp_path):
     for share in (0, 1e-3, 1, 1e3):
         flags = [*TINY, "--env", "cartpole", "--score-share", share, "--run-dir", tmp_path / str(share)]
         run_script(script, *flags, *(["--update-epochs", 1] if script == "rpo_diffsim.py" else []), "--stop-after", 1)
-        norms.append(float(rows(tmp_path / str(share))[0]["norm_before_clip"]))
+        (row,) = rows(tmp_path / str(share))
+        assert float(row["kl"]) > 0
+        norms.append(float(row["norm_before_clip"]))
     alone = norms[0]
     assert 0 < abs(norms[1] / alone - 1) < 1.1e-3 and norms[2] <= 2.01 * alone
     assert norms[3] == pytest.approx(1000 * alone, rel=1.1e-3)
