@@ -115,7 +115,7 @@ class Args(RunArgs):
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
 ESTIMATOR = dict(  # beyond the paper: dR/du that varies less, and PPO's gradient for falls, which it does not see
-    kl_coef=1.0, score_share=0.5, normalize_returns=True, action_gradient_lambda=0.7, normalize_action_gradients=True,
+    score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True,
 )  # fmt: skip
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
@@ -127,12 +127,14 @@ DEFAULTS = {
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
     ),
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
-    "hopper on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
+    "hopper on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0),
     "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
     "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | dict(total_timesteps=1_000_000, horizon=4),
-    "Hopper-v5": ON_MUJOCO | ESTIMATOR | dict(num_envs=512, horizon=8, gamma=0.995),
+    "Hopper-v5": ON_MUJOCO | ESTIMATOR | dict(
+        num_envs=512, horizon=8, action_gradient_lambda=0.7, kl_coef=1.0, gamma=0.995,
+    ),
     "Walker2d-v5": ON_MUJOCO | LEGGED | dict(horizon=32),
 }  # fmt: skip
 
