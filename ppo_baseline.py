@@ -27,12 +27,12 @@ from diffsim.play import Evaluator
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Count, Few, Fraction, Layers, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
+    # device, compile, eval_every, eval_episodes, save_every, resume, capture_video and the like: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, path/to/my_task.py:MyTask, or any Gymnasium id"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
@@ -87,12 +87,6 @@ class Args(RunArgs):
     """activation of policy and critic; elu and silu are followed by LayerNorm"""
     log_std_init: Number = -0.5
     """initial log standard deviation of the policy's noise"""
-    eval_every: Natural = 500_000
-    """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Few = 64
-    """episodes of an evaluation (at most num_envs on diffsim)"""
-    eval_physics: bool = False
-    """evaluate on the other engine too"""
 
 
 # What differs from Args for a task or an engine; flags on the command line win. 8M steps last as long as a run of RPO.

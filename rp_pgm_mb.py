@@ -40,7 +40,7 @@ from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, R
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
+    # device, compile, eval_every, eval_episodes, save_every, resume, capture_video and the like: diffsim/flags.py
     env: str = "Hopper-v5"
     """environment: a Gymnasium id, a diffsim task (see `python -m diffsim`), or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None

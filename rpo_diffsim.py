@@ -6,23 +6,24 @@
    importance ratio, leave it out where the ratio is out of range (eq. 11), and stay near the old policy (eq. 12-14).
 3. Fit the critics to TD(lambda) targets of the same window (SHAC, eq. 6-7); go on from where the environments are.
 
-With one epoch this is SHAC: `diff shac.py rpo_diffsim.py` shows the rest. It is not CleanRL's
-rpo_continuous_action.py, which is Robust Policy Optimization.
+With one epoch this is SHAC: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper; CleanRL's RPO is another.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
     python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
-    python -m diffsim.play runs/ant__rpo_diffsim__1__<time>  # returns, and --video ant.mp4
+    python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
 
 import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
 import copy
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
@@ -30,12 +31,12 @@ from diffsim.play import Evaluator
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Clip, Count, Decay, Few, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Clip, Count, Decay, Few, Fraction, Layers, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
+    # device, compile, eval_every, eval_episodes, save_every, resume, capture_video and the like: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
@@ -50,20 +51,14 @@ class Args(RunArgs):
     """environments simulated side by side (SHAC's paper: 64, RPO's 128 on Ant)"""
     horizon: Few = 12
     """H, control steps of a window, through which gradients flow (the paper: 32)"""
-    total_timesteps: Count = 2_500_000
+    total_timesteps: Count = 2_000_000
     """environment steps over all environments"""
     stagger: bool = True
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
     update_epochs: Few = 5
     """M, policy updates on a window's action-gradients; 1 makes it SHAC"""
-    num_minibatches: Count = 1
-    """minibatches of such an epoch"""
-    clip_low: Clip = 0.8
-    """a sample whose importance ratio falls below 1 - clip_low gives no policy gradient"""
-    clip_high: Clip = 1.0
-    """nor one whose ratio rises above 1 + clip_high"""
-    clip_coef: Clip | None = None
-    """symmetric clip range, in the place of clip_low and clip_high (inf: no clipping)"""
+    clip_coef: tuple[Clip] | tuple[Clip, Clip] = (0.8, 1.0)
+    """a sample whose importance ratio leaves [1 - the first, 1 + the last] gives no policy gradient (inf: all do)"""
     kl_coef: Weight = 0.25
     """weight of KL(old || new)"""
     entropy_coef: Weight = 0.0
@@ -76,12 +71,16 @@ class Args(RunArgs):
     """learning rate at the end"""
     weight_decay: Weight = 0.0
     """AdamW's weight decay of policy and critics"""
-    adam_beta1: Decay = 0.7
-    """Adam's first moment decay"""
-    adam_beta2: Decay = 0.95
-    """Adam's second moment decay"""
+    adam_betas: tuple[Decay, Decay] = (0.7, 0.95)
+    """decay of Adam's first and second moment"""
+    action_gradient_lambda: Fraction = 1.0
+    """lambda of the returns R in dR/du, as GI-PPO has it: lower leans on the critics' slope, and varies less; 1: RPO"""
+    normalize_action_gradients: bool = False
+    """divide a window's dR/du by their root mean square"""
     max_action_grad_norm: Norm = float("inf")
-    """dR/du of a sample is scaled down to this norm: no sample outshouts the rest where contacts are stiff"""
+    """then scale those of a sample down to this norm: none outshouts the rest where contacts are stiff"""
+    score_share: Weight = 0.0
+    """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     gamma: Fraction = 0.99
@@ -90,6 +89,8 @@ class Args(RunArgs):
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
     """share of the target critics that is kept at each update"""
+    normalize_returns: bool = False
+    """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Few = 2
     """critics, whose mean is the value"""
     critic_epochs: Few = 16
@@ -106,43 +107,33 @@ class Args(RunArgs):
     """initial log standard deviation of the policy's noise, before tanh"""
     state_dependent_std: bool = False
     """let the policy's noise depend on the observation"""
-    eval_every: Natural = 500_000
-    """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Few = 64
-    """episodes of an evaluation (at most num_envs on diffsim)"""
-    eval_physics: bool = False
-    """evaluate on the other engine too"""
 
 
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-LEGGED = dict(  # hops or walks on two feet: longer windows, a bound on a sample, diffsim's own softness
-    horizon=16, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
+ESTIMATOR = dict(  # beyond the paper: dR/du that varies less, and PPO's gradient for falls, which it does not see
+    score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True,
 )  # fmt: skip
-GYMNASIUM = dict(actor_learning_rate=1e-3, eval_episodes=10)
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
-    "hopper": dict(total_timesteps=2_000_000),
-    "cheetah": dict(total_timesteps=2_000_000),
-    "walker": dict(total_timesteps=2_000_000),
+    "ant": dict(total_timesteps=2_500_000),
     "anymal": dict(total_timesteps=3_000_000),
-    "humanoid": BIG_CRITIC | dict(  # falls within half a second at first: a longer window sees it
-        total_timesteps=2_000_000, horizon=16, actor_learning_rate=7e-4, actor_hidden=(256, 128),
-    ),
+    "humanoid": BIG_CRITIC | dict(horizon=16, actor_learning_rate=7e-4, actor_hidden=(256, 128)),  # windows see a fall
     "ant on mujoco": ON_MUJOCO | BIG_CRITIC | dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
     ),
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
-    "hopper on mujoco": ON_MUJOCO | LEGGED,
-    "walker on mujoco": ON_MUJOCO | LEGGED,
+    "hopper on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0),
+    "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
     "humanoid on mujoco": dict(max_action_grad_norm=3.0),
-    "Ant-v5": GYMNASIUM | BIG_CRITIC | dict(total_timesteps=2_000_000, num_envs=512, horizon=4),
-    "HalfCheetah-v5": GYMNASIUM | dict(total_timesteps=1_000_000, horizon=4),
-    "Hopper-v5": GYMNASIUM | dict(
-        total_timesteps=2_000_000, horizon=8, kl_coef=1.0, max_action_grad_norm=3.0, gamma=0.995,
+    "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
+    "HalfCheetah-v5": ON_MUJOCO | dict(total_timesteps=1_000_000, horizon=4),
+    "Hopper-v5": ON_MUJOCO | ESTIMATOR | dict(
+        num_envs=512, horizon=8, action_gradient_lambda=0.7, kl_coef=1.0, gamma=0.995,
     ),
-    "Walker2d-v5": GYMNASIUM | LEGGED | dict(total_timesteps=2_000_000, horizon=32),
+    "Walker2d-v5": ON_MUJOCO | LEGGED | dict(horizon=32),
 }  # fmt: skip
 
 
@@ -170,23 +161,23 @@ class Actor(nn.Module):
         self.log_std_net = mlp(sizes, args.activation) if args.state_dependent_std else None
 
     def forward(self, obs) -> Normal:
-        log_std = self.log_std
-        if self.log_std_net is not None:
-            log_std = (log_std + self.log_std_net(obs)).clamp(-5, 2)
+        log_std = self.log_std if self.log_std_net is None else (self.log_std + self.log_std_net(obs)).clamp(-5, 2)
         mean = self.mean(obs)
         return Normal(mean, log_std.exp().expand_as(mean), validate_args=False)
 
 
 class Critics(nn.Module):
-    """Values V(obs), one network or several."""
+    """Values V(obs), one network or several, each of returns scaled to mean 0 and deviation 1."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim, *args.critic_hidden, 1]
         self.members = nn.ModuleList(mlp(sizes, args.activation) for _ in range(args.num_critics))
+        self.returns = Normalizer(1)  # mean 0 and variance 1 until it is updated
 
     def forward(self, obs):
-        return torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
+        values = torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
+        return self.returns.mean + self.returns.var.sqrt() * values
 
 
 class Normalizer(nn.Module):
@@ -246,29 +237,53 @@ def sum_of_starts(returns, terminated, truncated):
     return torch.where(starts, returns, 0.0).sum()
 
 
+def squashed_entropy(policy: Normal, u):
+    """Entropy (...,) of tanh(u), u (..., act_dim) a sample of the policy: exact up to the tanh's share."""
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
+    return (policy.entropy() + log_slope).sum(-1)
+
+
+def action_gradients(returns, us, terminated, truncated, lam: float):
+    """g = dR/du of every sample (H, N, act_dim), from one backward pass of the TD(lam) returns (H, N) at their starts.
+
+    There step c of an episode weighs lam^c, by which it is divided (GI-PPO, Son et al. 2023, arXiv 2312.08710, eq. 15).
+    """
+    weight, gradients = torch.ones_like(returns[:1, :, None]), []
+    for g, ended in zip(grad(sum_of_starts(returns, terminated, truncated), us), terminated | truncated):
+        gradients.append(g / weight)
+        weight = torch.where(ended[:, None], 1.0, weight * lam)
+    return torch.cat(gradients)
+
+
 def rpo_surrogate(policy: Normal, u, old_log_prob, g, clip_low: float, clip_high: float):
     """ratio <g, u'> of each sample whose importance ratio is in range, else 0 (eq. 11); and the ratio: (...,) both.
 
     u' = mean + std noise is the old u as a number, with the new policy's gradient: its noise is regenerated (eq. 10).
-    A sample out of range contributes nothing, whatever the sign of its gradient. The ratio is that of u, in which the
-    Jacobian of tanh cancels.
+    A sample out of range contributes nothing, whatever its gradient. The Jacobian of tanh cancels in the ratio.
     """
-    noise = ((u - policy.mean) / policy.stddev).detach()
-    regenerated = policy.mean + policy.stddev * noise
+    regenerated = policy.mean + policy.stddev * ((u - policy.mean) / policy.stddev).detach()
     ratio = (policy.log_prob(u).sum(-1) - old_log_prob).exp().detach()
     inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
     return torch.where(inside, ratio, 0.0) * (g * regenerated).sum(-1), ratio  # the ratio out of range may be infinite
 
 
+def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
+    """PPO's clipped objective of each sample (Schulman et al. 2017, eq. 7): (...,). It needs no derivative of R."""
+    ratio = (policy.log_prob(u).sum(-1) - old_log_prob).clamp(max=10).exp()  # an infinite one has the gradient nan
+    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.horizon
-    if batch_size < max(args.critic_minibatches, args.num_minibatches):
-        fail(f"--num-minibatches or --critic-minibatches: more than the {batch_size} samples of a window")
+    if batch_size < args.critic_minibatches:
+        fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {batch_size} samples of a window")
+    if (lam := args.action_gradient_lambda) ** (args.horizon - 1) < 1e-20:
+        fail(f"--action-gradient-lambda {lam} vanishes over --horizon {args.horizon}; use a shorter one, or more of it")
     if args.physics == "gymnasium":
         fail("--physics gymnasium has no gradient: use mujoco, or ppo_baseline.py or rp_pgm_mb.py")
     num_iterations = max(1, args.total_timesteps // batch_size)
-    clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip_coef is None else (args.clip_coef,) * 2
+    clip_low, clip_high = args.clip_coef[0], args.clip_coef[-1]
     run = Run(args, num_iterations, batch_size)
 
     with one_line_errors():
@@ -285,9 +300,9 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic)
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
-    adam = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay, fused=True)
-    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **adam)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **adam)
+    settings = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
+    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
     run.restore(
         policy, env, actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
@@ -295,10 +310,8 @@ if __name__ == "__main__":
 
     for iteration in run:
         left = 1 - iteration / num_iterations
-        for optimizer, initial in (
-            (actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)
-        ):  # fmt: skip
-            optimizer.param_groups[0]["lr"] = args.min_learning_rate + left * (initial - args.min_learning_rate)
+        for adam, rate in ((actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)):
+            adam.param_groups[0]["lr"] = args.min_learning_rate + left * (rate - args.min_learning_rate)
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
         obs, window = env.detach(), defaultdict(list)
@@ -314,44 +327,56 @@ if __name__ == "__main__":
         us, window = window["u"], {key: torch.stack(x) for key, x in window.items()}  # (H, N, ...)
         ends = window["terminated"], window["truncated"]
 
-        # --- action-gradients: one backward pass through physics, g = dR/du of every sample ----------------------
+        # --- gradients: one backward pass through physics --------------------------------------------------------
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
-        returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam=1.0)
-        objective = sum_of_starts(returns, *ends)
-        g = torch.stack(torch.autograd.grad(objective, us))
+        returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam)
+        g = action_gradients(returns, us, *ends, lam)
         nonfinite = (~torch.isfinite(g)).any(-1, keepdim=True)
-        g = torch.where(nonfinite, 0.0, g)
-        g_norm = g.norm(dim=-1, keepdim=True)
-        g = (g * (args.max_action_grad_norm / g_norm.clamp_min(1e-30)).clamp(max=1.0)).flatten(0, 1)  # (H N, act_dim)
-        window = {key: x.detach() for key, x in window.items()}
+        g = torch.where(nonfinite, 0.0, g).flatten(0, 1)  # (H N, act_dim)
+        g_norm = g.norm(dim=-1).mean()
+        if args.normalize_action_gradients:
+            g = g / g.square().mean().sqrt().clamp_min(1e-30)
+        g = g * (args.max_action_grad_norm / g.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp(max=1.0)
+        window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
         inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
         run.lap("simulate")
 
-        # --- policy: epochs on the cached gradients --------------------------------------------------------------
+        # --- policy: follow them ---------------------------------------------------------------------------------
         with torch.no_grad():
             old = actor(inputs)
             old_log_prob = old.log_prob(u).sum(-1)
-        for _ in range(args.update_epochs):
-            shuffled = torch.randperm if args.num_minibatches > 1 else torch.arange
-            for index in shuffled(batch_size, device=env.device).chunk(args.num_minibatches):
-                new, before = actor(inputs[index]), Normal(old.mean[index], old.stddev[index], validate_args=False)
-                surrogate, ratio = rpo_surrogate(new, u[index], old_log_prob[index], g[index], clip_low, clip_high)
-                kl = kl_divergence(before, new).sum(-1).mean()  # eq. 12
-                entropy = new.entropy().sum(-1).mean()  # eq. 13
-                policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
-                actor_optimizer.zero_grad()
-                policy_loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-                actor_optimizer.step()
+            targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
+            advantage = targets - target_critic(inputs).mean(0)
+        for epoch in range(args.update_epochs):
+            new = actor(inputs)
+            surrogate, _ = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)
+            kl = kl_divergence(old, new).sum(-1).mean()  # eq. 12
+            entropy = squashed_entropy(new, new.rsample()).mean()  # eq. 13
+            policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
+            if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
+                score = ppo_surrogate(new, u, old_log_prob, advantage - advantage.mean()).mean()
+                if epoch == 0:
+                    gradients = (grad(x, actor.parameters(), retain_graph=True) for x in (surrogate.mean(), score))
+                    norm, score_norm = map(nn.utils.get_total_norm, gradients)
+                    score_coef = args.score_share * norm / score_norm.clamp_min(1e-30)
+                policy_loss = policy_loss - score_coef * score
+            actor_optimizer.zero_grad()
+            policy_loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+            actor_optimizer.step()
+        with torch.no_grad():
+            new = actor(inputs)  # how far the update went
+            kl = kl_divergence(old, new).sum(-1).mean()
+            ratio = (new.log_prob(u).sum(-1) - old_log_prob).exp()
+            inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
         run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
-        with torch.no_grad():
-            after = next_values.mean(0)
-            targets = td_lambda(window["reward"], after, *ends, args.gamma, args.gae_lambda).flatten()
+        for part in {critic, target_critic} if args.normalize_returns else ():
+            part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
             for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
-                value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum()
+                value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum() / critic.returns.var
                 critic_optimizer.zero_grad()
                 value_loss.backward()
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
@@ -365,9 +390,8 @@ if __name__ == "__main__":
 
         # --- log and evaluate ------------------------------------------------------------------------------------
         run.log({
-            "losses/objective": objective / batch_size, "losses/kl": kl, "policy/max_ratio": ratio.max(),
-            "policy/inside_clip": ((ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)).float().mean(),
-            "policy/std": new.stddev.mean(), "grad/action_norm": g_norm.mean(),
+            "policy/max_ratio": ratio.max(), "policy/inside_clip": inside.float().mean(), "grad/action_norm": g_norm,
+            "losses/kl": kl, "policy/std": new.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
             "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],

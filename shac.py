@@ -12,7 +12,7 @@ ICLR 2025, arXiv 2412.12089). With several updates of a window it is RPO: `diff 
     python shac.py --env ant --entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 \
         --no-target-critic --activation silu --weight-decay 0.01 --max-grad-norm 0.5   # SAPO
     python shac.py --env ant --physics mujoco                # MuJoCo's steps, diffsim's gradients
-    python -m diffsim.play runs/ant__shac__1__<time>         # returns, and --video ant.mp4
+    python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
 
 import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
@@ -24,19 +24,20 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-from torch.distributions import Normal
+from torch.autograd import grad
+from torch.distributions import Normal, kl_divergence
 
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Count, Decay, Few, Fraction, Layers, Natural, Norm, Number, Rate, Seed, Weight  # bounds
+from diffsim.flags import Count, Decay, Few, Fraction, Layers, Norm, Number, Rate, Seed, Weight  # bounds
 
 
 @dataclass
 class Args(RunArgs):
-    # device, compile, num_threads, save_every, stop_after, resume, init_from, run_dir, capture_video: diffsim/flags.py
+    # device, compile, eval_every, eval_episodes, save_every, resume, capture_video and the like: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
@@ -51,7 +52,7 @@ class Args(RunArgs):
     """environments simulated side by side (SHAC's paper: 64, RPO's 128 on Ant)"""
     horizon: Few = 12
     """H, control steps of a window, through which gradients flow (the paper: 32)"""
-    total_timesteps: Count = 2_500_000
+    total_timesteps: Count = 2_000_000
     """environment steps over all environments"""
     stagger: bool = True
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
@@ -63,12 +64,10 @@ class Args(RunArgs):
     """learning rate at the end"""
     weight_decay: Weight = 0.0
     """AdamW's weight decay of policy and critics"""
-    adam_beta1: Decay = 0.7
-    """Adam's first moment decay"""
-    adam_beta2: Decay = 0.95
-    """Adam's second moment decay"""
-    max_action_grad_norm: Norm = float("inf")
-    """dR/du of a sample is scaled down to this norm: no sample outshouts the rest where contacts are stiff"""
+    adam_betas: tuple[Decay, Decay] = (0.7, 0.95)
+    """decay of Adam's first and second moment"""
+    score_share: Weight = 0.0
+    """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     gamma: Fraction = 0.99
@@ -77,8 +76,10 @@ class Args(RunArgs):
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
     """share of the target critics that is kept at each update"""
+    normalize_returns: bool = False
+    """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Few = 2
-    """critics (the paper: one); the policy bootstraps with their mean, the TD(lambda) targets with their minimum"""
+    """critics, whose mean is the value"""
     target_critic: bool = True
     """bootstrap with a copy of the critics that follows them slowly"""
     critic_epochs: Few = 16
@@ -101,29 +102,17 @@ class Args(RunArgs):
     """adapt the temperature so that the entropy comes to -act_dim / 2"""
     entropy_learning_rate: Rate = 5e-3
     """learning rate of the temperature"""
-    eval_every: Natural = 500_000
-    """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Few = 64
-    """episodes of an evaluation (at most num_envs on diffsim)"""
-    eval_physics: bool = False
-    """evaluate on the other engine too"""
 
 
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-LEGGED = dict(  # hops or walks on two feet: longer windows, a bound on a sample, diffsim's own softness
-    horizon=16, max_action_grad_norm=3.0, gamma=0.995, stiffness=2.4, smoothing=1.0,
-)  # fmt: skip
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
-    "hopper": dict(total_timesteps=2_000_000),
-    "cheetah": dict(total_timesteps=2_000_000),
-    "walker": dict(total_timesteps=2_000_000),
+    "ant": dict(total_timesteps=2_500_000),
     "anymal": dict(total_timesteps=3_000_000),
-    "humanoid": BIG_CRITIC | dict(  # falls within half a second at first: a longer window sees it
-        total_timesteps=2_000_000, horizon=16, actor_learning_rate=1e-3, actor_hidden=(256, 128),
-    ),
+    "humanoid": BIG_CRITIC | dict(horizon=16, actor_learning_rate=1e-3, actor_hidden=(256, 128)),  # windows see a fall
     "ant on mujoco": ON_MUJOCO | BIG_CRITIC | dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
         actor_learning_rate=2e-3,
@@ -131,7 +120,6 @@ DEFAULTS = {
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
     "hopper on mujoco": ON_MUJOCO | LEGGED,
     "walker on mujoco": ON_MUJOCO | LEGGED,
-    "humanoid on mujoco": dict(max_action_grad_norm=3.0),
 }  # fmt: skip
 
 
@@ -159,23 +147,23 @@ class Actor(nn.Module):
         self.log_std_net = mlp(sizes, args.activation) if args.state_dependent_std else None
 
     def forward(self, obs) -> Normal:
-        log_std = self.log_std
-        if self.log_std_net is not None:
-            log_std = (log_std + self.log_std_net(obs)).clamp(-5, 2)
+        log_std = self.log_std if self.log_std_net is None else (self.log_std + self.log_std_net(obs)).clamp(-5, 2)
         mean = self.mean(obs)
         return Normal(mean, log_std.exp().expand_as(mean), validate_args=False)
 
 
 class Critics(nn.Module):
-    """Values V(obs), one network or several."""
+    """Values V(obs), one network or several, each of returns scaled to mean 0 and deviation 1."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim, *args.critic_hidden, 1]
         self.members = nn.ModuleList(mlp(sizes, args.activation) for _ in range(args.num_critics))
+        self.returns = Normalizer(1)  # mean 0 and variance 1 until it is updated
 
     def forward(self, obs):
-        return torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
+        values = torch.stack([member(obs).squeeze(-1) for member in self.members])  # (num_critics, ...)
+        return self.returns.mean + self.returns.var.sqrt() * values
 
 
 class Normalizer(nn.Module):
@@ -241,6 +229,12 @@ def squashed_entropy(policy: Normal, u):
     return (policy.entropy() + log_slope).sum(-1)
 
 
+def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
+    """PPO's clipped objective of each sample (Schulman et al. 2017, eq. 7): (...,). It needs no derivative of R."""
+    ratio = (policy.log_prob(u).sum(-1) - old_log_prob).clamp(max=10).exp()  # an infinite one has the gradient nan
+    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.horizon
@@ -267,13 +261,12 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic) if args.target_critic else critic
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
-    adam = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay, fused=True)
-    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **adam)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **adam)
+    settings = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
+    actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
     temperature = nn.ParameterList([torch.tensor(max(args.entropy_coef, 1e-8)).log()]).to(env.device)
     temperature_optimizer = torch.optim.Adam(temperature, args.entropy_learning_rate)
     target_entropy = -act_dim / 2
-    bound = args.max_action_grad_norm / batch_size  # the loss is a mean over samples
     run.restore(
         policy, env, actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, temperature=temperature,
@@ -282,10 +275,8 @@ if __name__ == "__main__":
 
     for iteration in run:
         left = 1 - iteration / num_iterations
-        for optimizer, initial in (
-            (actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)
-        ):  # fmt: skip
-            optimizer.param_groups[0]["lr"] = args.min_learning_rate + left * (initial - args.min_learning_rate)
+        for adam, rate in ((actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)):
+            adam.param_groups[0]["lr"] = args.min_learning_rate + left * (rate - args.min_learning_rate)
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
         obs, window = env.detach(), defaultdict(list)
@@ -293,8 +284,6 @@ if __name__ == "__main__":
         for _ in range(args.horizon):
             dist = actor(normalizer(obs))
             u = dist.mean + dist.stddev * torch.randn_like(dist.mean)
-            if bound < float("inf"):
-                u.register_hook(lambda g: g * (bound / g.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp(max=1.0))
             next_obs, reward, terminated, truncated, info = env.step(torch.tanh(u))
             entropy = squashed_entropy(dist, u)
             window["entropy"].append(entropy)
@@ -308,31 +297,47 @@ if __name__ == "__main__":
         window = {key: torch.stack(x) for key, x in window.items()}  # (H, N, ...)
         ends = window["terminated"], window["truncated"]
 
-        # --- policy: one step along the gradient through physics -------------------------------------------------
+        # --- gradients: one backward pass through physics --------------------------------------------------------
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
         returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam=1.0)
         policy_loss = -sum_of_starts(returns, *ends) / batch_size
         actor_optimizer.zero_grad()
         policy_loss.backward(inputs=list(actor.parameters()))
+        window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
+        inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
+        run.lap("simulate")
+
+        # --- policy: follow them ---------------------------------------------------------------------------------
+        with torch.no_grad():
+            old = actor(inputs)
+            old_log_prob = old.log_prob(u).sum(-1)
+            targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
+            advantage = targets - target_critic(inputs).mean(0)
+        if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
+            score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage - advantage.mean()).mean()
+            gradients = [p.grad for p in actor.parameters()], grad(score, actor.parameters(), retain_graph=True)
+            norm, score_norm = map(nn.utils.get_total_norm, gradients)
+            (-args.score_share * norm / score_norm.clamp_min(1e-30) * score).backward()
         nonfinite = torch.cat([~torch.isfinite(p.grad).flatten() for p in actor.parameters()]).any()
         grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
         if not nonfinite:
             actor_optimizer.step()
-        window = {key: x.detach() for key, x in window.items()}
-        inputs, entropy = normalizer(window["obs"]).flatten(0, 1), window["entropy"].mean()
+        entropy = window["entropy"].mean()
         if args.learn_entropy_coef:
             temperature_optimizer.zero_grad()
             (temperature[0].exp() * (entropy - target_entropy)).backward()
             temperature_optimizer.step()
-        run.lap("simulate")
+        with torch.no_grad():
+            new = actor(inputs)  # how far the update went
+            kl = kl_divergence(old, new).sum(-1).mean()
+        run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
-        with torch.no_grad():
-            after = next_values.amin(0)
-            targets = td_lambda(window["reward"], after, *ends, args.gamma, args.gae_lambda).flatten()
+        for part in {critic, target_critic} if args.normalize_returns else ():
+            part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
             for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
-                value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum()
+                value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum() / critic.returns.var
                 critic_optimizer.zero_grad()
                 value_loss.backward()
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
@@ -346,7 +351,8 @@ if __name__ == "__main__":
 
         # --- log and evaluate ------------------------------------------------------------------------------------
         run.log({
-            "losses/entropy_coef": entropy_coef, "policy/std": dist.stddev.mean(),
+            "losses/entropy_coef": entropy_coef,
+            "losses/kl": kl, "policy/std": new.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
             "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],

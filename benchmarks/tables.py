@@ -21,7 +21,7 @@ ALGORITHMS = ["RPO", "SHAC", "SAPO", "PPO", "RP-PGM"]
 ESTIMATORS = dict(dp="DP (FMG)", dr="DR (MVG)", lr="LR (FMG)", mfg="score function (MFG)", true="through the simulator")
 DRAWS = 32  # of 64 samples each, in a probe
 PPO = ["", "mujoco", "gymnasium", "30k"]  # tags of its ordinary runs
-VARIANT = ["env", "physics", "algorithm", "flags"]  # runs that differ in nothing but their seed
+VARIANT = ["env", "physics", "algorithm", "flags", "trial"]  # runs that differ in nothing but their seed
 
 
 # --- the CSVs -----------------------------------------------------------------------------------------------------
@@ -33,6 +33,7 @@ def load_runs() -> pd.DataFrame:
     rank = runs.algorithm.map({name: i for i, name in enumerate(ALGORITHMS)})
     runs = runs.fillna({name: "" for name in text}).assign(rank=rank)
     runs = runs.assign(gymnasium=runs.env.str.contains("-v"), mujoco=runs.physics != "diffsim")
+    runs["trial"] = runs.tag.where(runs.seed > 100, "")  # some differ by their commit alone
     return runs.sort_values(["gymnasium", "env", "mujoco", "rank", "steps", "tag", "seed"], ignore_index=True)
 
 
@@ -102,7 +103,12 @@ COLUMNS = {
     "engine": lambda g: g.physics.iloc[0],
     "steps": lambda g: f"{n / 1e6:.1f}M" if (n := g.steps.iloc[0]) > 950_000 else f"{n / 1e3:.0f}k",
     "seeds": lambda g: len(g),
+    "seed": lambda g: ", ".join(map(str, g.seed)),
+    "trial": lambda g: g.trial.iloc[0],
     "return": lambda g: spread(g.eval_return),
+    "evaluations": lambda g: "; ".join(
+        " ".join(f"{x:,.0f}" for x in load_curves()[run].eval_return.dropna()) for run in g.run
+    ),
     "minutes": lambda g: f"{g.minutes.median():.1f}",
     "on MuJoCo": lambda g: spread(g.return_mujoco),
     "past a stop (rad)": lambda g: both_worst(g, "limit", 1, 2),
@@ -197,9 +203,10 @@ VARIANTS = {  # tables of by_variant
         "setting, steps, seeds, return, KL, inside the clip range",
     ),
     "kl": (
-        "algorithm == 'RPO' and env in ['Hopper-v5', 'Walker2d-v5']",
+        "algorithm == 'RPO' and env in ['Hopper-v5', 'Walker2d-v5'] and seed < 100",
         "task, setting, seeds, KL, return, lowest since half-way, 10 more episodes, falls in 64",
     ),
+    "trials": ("seed > 100", "task, trial, setting, seed, evaluations, minutes"),
     "model": (
         "algorithm == 'RP-PGM' and not tag.str.startswith('lab')",
         "task, setting, steps, seeds, return, best evaluation, minutes, PPO in these steps",

@@ -56,6 +56,12 @@ class RunArgs:
     """compile the physics (once for a robot, num_envs and softness, a minute or two, then cached)"""
     num_threads: Threads = 1
     """threads of torch; the same number gives the same bits"""
+    eval_every: Natural = 500_000
+    """environment steps between evaluations of the deterministic policy; 0: only at the end"""
+    eval_episodes: Few = 64
+    """episodes of an evaluation (at most num_envs on diffsim)"""
+    eval_physics: bool = False
+    """evaluate on the other engine too"""
     save_every: Count = 250_000
     """environment steps between checkpoints"""
     stop_after: Count | None = None

@@ -155,7 +155,7 @@ class Evaluator:
         # diffsim's step is compiled for num_envs; others run any number
         batch = args.num_envs if args.physics == "diffsim" else args.eval_episodes
         self.episodes, self.env, self.others = args.eval_episodes, diffsim.make(args.env, batch, **known), {}
-        if getattr(args, "eval_physics", False):
+        if args.eval_physics:
             if args.physics == "gymnasium" and args.env not in diffsim.TASKS:
                 raise ValueError(f"--eval-physics: {args.env} runs on gymnasium only")
             other = "mujoco" if args.physics == "diffsim" else "diffsim"

@@ -136,16 +136,17 @@ rp_pgm_mb.py --resume {run} | a checkpoint of shac.py
 shac.py --run-dir {tasks} | {tasks}
 shac.py --run-dir /proc/here | /proc/here
 shac.py --env cartpole --run-dir "" --num-envs 0 | --num-envs
-rpo_diffsim.py --clip-coef -1 | --clip-coef is -1
-rpo_diffsim.py --clip-coef nan | --clip-coef is nan
-rpo_diffsim.py --clip-coef 0.2 0.3 | 0.3
+rpo_diffsim.py --clip-coef -1 | --clip-coef is \\(-1.0,\\)
+rpo_diffsim.py --clip-coef nan | --clip-coef is \\(nan,\\)
+rpo_diffsim.py --clip-coef 0.2 0.3 0.4 | --clip-coef
 rpo_diffsim.py --kl-coef inf | --kl-coef is inf
 rpo_diffsim.py --kl-coef nan | --kl-coef is nan
 rpo_diffsim.py --kl-coef -1 | --kl-coef is -1
 rpo_diffsim.py --update-epochs 0 | --update-epochs is 0
 rpo_diffsim.py --update-epochs -2 | --update-epochs is -2
-rpo_diffsim.py --num-minibatches 0 | --num-minibatches is 0
-rpo_diffsim.py --num-minibatches 100000000 | --num-minibatches
+rpo_diffsim.py --num-minibatches 2 | --num-minibatches
+rpo_diffsim.py --action-gradient-lambda 0 | --action-gradient-lambda 0.0 vanishes over --horizon 12
+rpo_diffsim.py --score-share -1 | --score-share is -1
 rpo_diffsim.py --horizon 0 | --horizon is 0
 rpo_diffsim.py --gamma 2 | --gamma is 2
 rpo_diffsim.py --entropy-coef nan | --entropy-coef is nan

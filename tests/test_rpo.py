@@ -1,6 +1,7 @@
 """rpo_diffsim.py: the surrogate against SHAC, a naive gradient and a closed form; the script as a user runs it."""
 
-import math
+import copy
+import runpy
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 import diffsim
 import rpo_diffsim as rpo
-from tests import TINY, rows, run_script
+from tests import TINY, command_line, rows
 from tests.test_shac import learned
 
 
@@ -140,22 +141,120 @@ def test_proposition_1_on_a_linear_quadratic_problem():
         assert error < 0.01 and abs(float(ours - exact)) < 4 * error
 
 
-def test_the_old_policys_spread_counts_in_the_kl(tmp_path):
-    """KL(old || new) in the script: the entropy bonus moves the log deviation by 0.1, and nothing moves the mean."""
-    flags = [*TINY, "--env", "cartpole", "--update-epochs", 2, "--actor-learning-rate", 0.1, "--entropy-coef", 1]
-    run_script("rpo_diffsim.py", *flags, "--max-action-grad-norm", 1e-30, "--stop-after", 1, "--run-dir", tmp_path)
+def after_run(tmp_path, *flags) -> dict:
+    """What the script's names stand for at the end of its run."""
+    with command_line("rpo_diffsim.py", *TINY, *flags, "--run-dir", tmp_path):
+        return runpy.run_path("rpo_diffsim.py", run_name="__main__")
+
+
+def test_kl_and_share_inside_are_those_after_the_last_update(tmp_path):
+    """Already one epoch moves the policy; its spread counts in the KL."""
+    flags = "--env cartpole --update-epochs 1 --actor-learning-rate 0.1 --total-timesteps 4 --clip-coef 1e-6 1"
+    end = after_run(tmp_path, *flags.split())
+    old, new = end["old"], end["new"]
+    ratio = new.stddev / old.stddev
+    kl = ratio.log() + ((old.mean - new.mean).square() + old.stddev**2) / (2 * new.stddev**2) - 0.5
     (row,) = rows(tmp_path)
-    assert float(row["kl"]) == pytest.approx(0.1 + (math.exp(-0.2) - 1) / 2, rel=1e-3)
+    assert float(row["kl"]) == pytest.approx(float(kl.sum(-1).mean()), rel=1e-3)
+    assert not torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-2)
+    assert float(row["inside_clip"]) == float((end["ratio"] >= 1).float().mean()) < 1
 
 
-def test_a_symmetric_clip_takes_the_place_of_both_bounds(tmp_path):
-    """In the second epoch no ratio is 1 any more: with a range of 0 none is inside."""
-    shares = []
-    for clip in (0, "inf"):
-        flags = [*TINY, "--env", "cartpole", "--update-epochs", 2, "--clip-coef", clip, "--clip-low", 0.5]
-        run_script("rpo_diffsim.py", *flags, "--stop-after", 1, "--run-dir", tmp_path / str(clip))
-        shares.append(float(rows(tmp_path / str(clip))[0]["inside_clip"]))
-    assert shares == [0, 1]
+def test_without_its_flags_it_is_the_papers_rpo(tmp_path):
+    """Three iterations bit for bit: eq. 10-14 written out, without score function, lambda, or any normalised return."""
+    flags = "--env cartpole --num-envs 4 --horizon 3 --total-timesteps 36 --kl-coef 0.2 --entropy-coef 0.1"
+    end = after_run(tmp_path, *flags.split())
+    args = end["args"]
+    torch.manual_seed(args.seed)
+    env = diffsim.make("cartpole", 4, seed=args.seed, compile=False)
+    env.reset(options=dict(stagger=True))
+    actor, critic = rpo.Actor(5, 1, args), rpo.Critics(5, args)
+    target_critic, normalizer = copy.deepcopy(critic), rpo.Normalizer(5)
+    adams = [torch.optim.AdamW(m.parameters(), betas=(0.7, 0.95), weight_decay=0, fused=True) for m in (actor, critic)]
+    for iteration in range(3):
+        for adam, rate in zip(adams, (args.actor_learning_rate, args.critic_learning_rate)):
+            adam.param_groups[0]["lr"] = 1e-5 + (1 - iteration / 3) * (rate - 1e-5)
+        obs, steps = env.detach(), []
+        for _ in range(3):
+            policy = actor(normalizer(obs))
+            u = policy.mean + policy.stddev * torch.randn_like(policy.mean)
+            following, reward, terminated, truncated, info = env.step(torch.tanh(u))
+            steps.append((obs, u, reward, terminated, truncated, info["final_obs"]))
+            obs = following
+        obs, u, reward, terminated, truncated, final_obs = map(torch.stack, zip(*steps))
+        value = target_critic(normalizer(final_obs)).mean(0)
+        returns = rpo.td_lambda(reward, value, terminated, truncated, 0.99, lam=1.0)
+        objective = rpo.sum_of_starts(returns, terminated, truncated)
+        g = torch.cat(torch.autograd.grad(objective, [step[1] for step in steps]))
+        x, u = normalizer(obs.detach()).flatten(0, 1), u.detach().flatten(0, 1)
+        with torch.no_grad():
+            old, targets = actor(x), rpo.td_lambda(reward, value, terminated, truncated, 0.99, 0.95).flatten()
+        for _ in range(5):
+            new = actor(x)
+            noise = ((u - new.mean) / new.stddev).detach()
+            ratio = (new.log_prob(u).sum(-1) - old.log_prob(u).sum(-1)).exp().detach()
+            weight = torch.where((ratio >= 1 - 0.8) & (ratio <= 2), ratio, 0.0)
+            loss = -(weight * (g * (new.mean + new.stddev * noise)).sum(-1)).mean()
+            loss = loss + 0.2 * kl_divergence(old, new).sum(-1).mean()
+            loss = loss - 0.1 * rpo.squashed_entropy(new, new.rsample()).mean()
+            adams[0].zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+            adams[0].step()
+        for index in torch.randperm(12).chunk(4):
+            loss = (critic(x[index]) - targets[index]).square().mean(1).sum()
+            adams[1].zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+            adams[1].step()
+        for slow, fast in zip(target_critic.parameters(), critic.parameters()):
+            slow.data.lerp_(fast.data, 0.8)
+        normalizer.update(obs.detach().flatten(0, 1))
+    for name, part in dict(actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer).items():
+        for ours, theirs in zip(part.state_dict().values(), end[name].state_dict().values()):
+            assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("lam", [0.3, 0.9, 1.0])
+def test_lambda_weighted_action_gradients_against_their_sums(lam):
+    """gamma^c d/du_t sum_k (gamma lam)^k delta_(t+k) of every sample alone, in a backward pass of its own."""
+    torch.manual_seed(3)
+    horizon, n, gamma = 6, 3, 0.9
+    terminated, truncated = torch.zeros(2, horizon, n, dtype=torch.bool)
+    terminated[2, 1] = truncated[3, 2] = terminated[5, 0] = True
+    ended = terminated | truncated
+    us = list(torch.randn(horizon, n, 2, dtype=torch.float64).requires_grad_().unbind())
+    state, rewards, values, next_values = torch.zeros(n, 2, dtype=torch.float64), [], [], []
+    for t, u in enumerate(us):  # states and values that depend on all earlier actions of their episode
+        values.append(state.sin().sum(1))
+        state = (state + u).tanh() + u.square()
+        rewards.append((state * u).sum(1))
+        next_values.append(state.sin().sum(1))
+        state = torch.where(ended[t, :, None], 0.1, state)
+    rewards, values, next_values = map(torch.stack, (rewards, values, next_values))
+    returns = rpo.td_lambda(rewards, next_values, terminated, truncated, gamma, lam)
+    delta = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
+    slow = torch.zeros(horizon, n, 2, dtype=torch.float64)
+    for i in range(n):
+        c = 0
+        for t in range(horizon):
+            end = next(k for k in range(t, horizon) if ended[k, i] or k == horizon - 1)
+            total = sum((gamma * lam) ** (k - t) * delta[k, i] for k in range(t, end + 1))
+            slow[t, i] = gamma**c * torch.autograd.grad(total, us[t], retain_graph=True)[0][i]
+            c = 0 if ended[t, i] else c + 1
+    ours = rpo.action_gradients(returns, us, terminated, truncated, lam)
+    torch.testing.assert_close(ours, slow, rtol=1e-10, atol=1e-12)
+
+
+def test_normalised_action_gradients_have_the_root_mean_square_one(tmp_path):
+    end = after_run(tmp_path, *"--env cartpole --total-timesteps 4 --normalize-action-gradients".split())
+    assert float(end["g"].square().mean()) == pytest.approx(1, rel=1e-5)
+
+
+def test_no_sample_counts_more_than_its_bound(tmp_path):
+    flags = "--env cartpole --num-envs 8 --total-timesteps 16 --normalize-action-gradients --max-action-grad-norm 0.8"
+    norms = after_run(tmp_path, *flags.split())["g"].norm(dim=1)
+    assert float(norms.max()) == pytest.approx(0.8, rel=1e-5) and float(norms.min()) < 0.79
 
 
 def test_rpo_learns(arm, tmp_path):

@@ -87,6 +87,7 @@ def source(script: str, name: str) -> str:
 @pytest.mark.parametrize(
     "name, scripts",
     [(n, WINDOWS) for n in ("td_lambda", "sum_of_starts", "mlp", "Critics", "Normalizer", "DeterministicPolicy")]
+    + [(n, WINDOWS) for n in ("squashed_entropy", "ppo_surrogate")]
     + [("Normalizer.update", SCRIPTS)],
 )
 def test_what_scripts_share_is_the_same_text(name, scripts):
@@ -132,7 +133,7 @@ def out_of(bound, is_float: bool) -> list:
 @pytest.mark.parametrize("script, name", bounded())
 def test_a_flag_out_of_its_bounds_is_one_line(script, name, capsys):
     hint = get_type_hints(module(script).Args, include_extras=True)[name]
-    (bound,) = bounds(hint)
+    (bound,) = set(bounds(hint))
     flag = flag_of(name)
     many = getattr(hint, "__origin__", None) is tuple
     for value in out_of(bound, "float" in str(hint)):
@@ -159,21 +160,23 @@ def test_every_number_has_bounds_and_every_flag_a_word_of_help(script, capsys):
 COMMON = dict(
     device="cpu", compile=False, num_threads=1, save_every=1000, capture_video=False, env="cartpole", physics="mujoco",
     seed=7, num_envs=3, total_timesteps=5000, gamma=0.9, actor_hidden=(8, 4), critic_hidden=(4,), log_std_init=-0.7,
-    eval_every=6, eval_episodes=2, max_grad_norm=0.4, entropy_coef=0.2,
+    eval_every=6, eval_episodes=2, eval_physics=True, max_grad_norm=0.4, entropy_coef=0.2,
 )  # fmt: skip
 THROUGH_PHYSICS = dict(
-    activation="silu", eval_physics=True,
+    activation="silu",
     stiffness=1.2, smoothing=2.0, stagger=False, horizon=2, actor_learning_rate=1e-4, critic_learning_rate=2e-3,
-    min_learning_rate=1e-6, weight_decay=0.01, adam_beta1=0.8, adam_beta2=0.9, max_action_grad_norm=2.0, gae_lambda=0.8,
+    min_learning_rate=1e-6, weight_decay=0.01, adam_betas=(0.8, 0.9), score_share=0.3, gae_lambda=0.8,
+    normalize_returns=True,
     target_alpha=0.4, num_critics=3, critic_epochs=2, critic_minibatches=2, state_dependent_std=True,
 )  # fmt: skip
 GIVEN = {
     "shac.py": COMMON | THROUGH_PHYSICS
     | dict(target_critic=False, learn_entropy_coef=True, entropy_learning_rate=1e-2),
     "rpo_diffsim.py": COMMON | THROUGH_PHYSICS
-    | dict(update_epochs=2, num_minibatches=2, clip_low=0.5, clip_high=0.6, clip_coef=0.3, kl_coef=0.5),
+    | dict(update_epochs=2, clip_coef=(0.5, 0.6), kl_coef=0.5, action_gradient_lambda=0.9,
+        normalize_action_gradients=True, max_action_grad_norm=2.0),
     "ppo_baseline.py": COMMON | dict(
-        activation="silu", eval_physics=True, num_steps=2,
+        activation="silu", num_steps=2,
         stagger=False, learning_rate=1e-4, anneal_lr=False, desired_kl=0.02, gae_lambda=0.8,
         num_minibatches=2, update_epochs=2, norm_adv=False, clip_coef=0.3, clip_vloss=False, vf_coef=0.4, target_kl=0.1,
         norm_obs=False, norm_reward=False,
@@ -259,7 +262,8 @@ def test_settings_of_a_task_and_an_engine_are_put_together(monkeypatch):
     + [(s, ["--env", "Pendulum-v1"], "--physics gymnasium has no gradient") for s in WINDOWS]
     + [(s, ["--env", "Hopper-v5", "--physics", "gymnasium"], "has no gradient") for s in WINDOWS]
     + [(s, ["--critic-minibatches", 10**6], "--critic-minibatches") for s in WINDOWS]
-    + [(s, ["--num-minibatches", 10**6], "--num-minibatches") for s in SCRIPTS[1:3]]
+    + [("ppo_baseline.py", ["--num-minibatches", 10**6], "--num-minibatches")]
+    + [("rpo_diffsim.py", ["--action-gradient-lambda", 0], "--action-gradient-lambda 0.0 vanishes over --horizon 12")]
     + [("shac.py", ["--learn-entropy-coef"], "--learn-entropy-coef needs an --entropy-coef above 0")]
     + [
         pytest.param(

@@ -117,16 +117,47 @@ def test_the_targets_critic_follows(tmp_path):
     assert any(not torch.equal(x, stays["target_critic"][name]) for name, x in stays["critic"].items())
 
 
+def test_the_score_function_is_ppos():
+    """In range its gradient is ratio A dlog pi; out of range, on the side where A would drive it further, nothing."""
+    mean = torch.zeros(4, 1, requires_grad=True)
+    u, advantage = torch.full((4, 1), 0.5), torch.tensor([2.0, 2.0, -2.0, -2.0])
+    policy = torch.distributions.Normal(mean, torch.ones(4, 1))
+    old_log_prob = policy.log_prob(u).sum(-1).detach() - torch.tensor([1.1, 1.3, 1.3, 0.7]).log()
+    (gradient,) = torch.autograd.grad(shac.ppo_surrogate(policy, u, old_log_prob, advantage).sum(), mean)
+    assert gradient.flatten().tolist() == pytest.approx([1.1 * 2 * 0.5, 0, 1.3 * -2 * 0.5, 0])
+    far = shac.ppo_surrogate(policy, u, old_log_prob - 1000, advantage)  # the ratio overflows
+    assert torch.isfinite(torch.autograd.grad(far.sum(), mean)[0]).all()
+
+
 @pytest.mark.parametrize("script", WINDOWS)
-def test_no_sample_counts_more_than_its_bound(script, tmp_path):
-    """With a bound far below every sample's gradient, the policy's gradient is proportional to the bound."""
+def test_the_score_functions_share(script, tmp_path):
+    """The gradient that is added has this share of the norm of the one that is there."""
     norms = []
-    for bound in (1e-5, 1e-6):
-        where = tmp_path / str(bound)
-        flags = [*TINY, "--env", "cartpole", "--max-action-grad-norm", bound, "--run-dir", where, "--stop-after", 1]
-        run_script(script, *flags, *(["--update-epochs", 1] if script == "rpo_diffsim.py" else []))
-        norms.append(float(rows(where)[0]["norm_before_clip"]))
-    assert norms[0] == pytest.approx(10 * norms[1], rel=1e-2) and norms[1] > 0
+    for share in (0, 1e-3, 1, 1e3):
+        flags = [*TINY, "--env", "cartpole", "--score-share", share, "--run-dir", tmp_path / str(share)]
+        run_script(script, *flags, *(["--update-epochs", 1] if script == "rpo_diffsim.py" else []), "--stop-after", 1)
+        (row,) = rows(tmp_path / str(share))
+        assert float(row["kl"]) > 0
+        norms.append(float(row["norm_before_clip"]))
+    alone = norms[0]
+    assert 0 < abs(norms[1] / alone - 1) < 1.1e-3 and norms[2] <= 2.01 * alone
+    assert norms[3] == pytest.approx(1000 * alone, rel=1.1e-3)
+
+
+@pytest.mark.parametrize("script", WINDOWS)
+def test_critics_of_normalised_returns(script, tmp_path):
+    """They take the scale of the targets, which their values then have; the bits are the same where it is 0 and 1."""
+    critic = shac.Critics(3, shac.Args())
+    obs = torch.randn(7, 3)
+    plain = torch.stack([member(obs).squeeze(-1) for member in critic.members])
+    assert torch.equal(critic(obs), plain)
+    critic.returns.update(torch.tensor([[90.0], [110.0]]))
+    torch.testing.assert_close(critic(obs), 100 + 10 * plain, rtol=1e-3, atol=1e-3)
+    flags = [*TINY, "--env", "cartpole", "--normalize-returns", "--run-dir", tmp_path, "--stop-after", 2]
+    run_script(script, *flags)
+    saved = torch.load(the_run(tmp_path) / "checkpoint.pt", weights_only=True)
+    for name in ("critic", "target_critic"):
+        assert saved[name]["returns.mean"] != 0 and float(saved[name]["returns.count"]) == pytest.approx(8, rel=1e-3)
 
 
 def learned(script, arm, tmp_path, *flags) -> float:
