@@ -23,6 +23,7 @@ import tyro
 from tables import ALGORITHMS, ESTIMATORS, HERE, IN_DIFFSIM, ON_MUJOCO, load_curves, load_probes, load_runs
 
 plt.switch_backend("Agg")
+plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3}
 # flags in which runs may differ and still be one variant
 INCIDENTAL = "seed run_dir resume stop_after save_every num_threads capture_video compile device eval_every".split()
 INCIDENTAL += "eval_episodes eval_physics total_timesteps log_every".split()
@@ -31,8 +32,7 @@ Panels = dict[str, dict[str, list[pd.DataFrame]]]  # {title: {label: curves of i
 
 def draw(panels: Panels, path: Path):
     """Mean and range of the seeds against steps (above) and minutes (below), a column a panel."""
-    size = (3.6 * len(panels) + 0.6, 5.4)
-    figure, axes = plt.subplots(2, len(panels), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2, n := len(panels), figsize=(3.6 * n + 0.6, 5.4), squeeze=False, layout="constrained")
     for column, (title, variants) in zip(axes.T, panels.items()):
         for axis, key, scale, end in zip(column, ("global_step", "wall_time_s"), (1e6, 60), (min, max)):
             for i, (label, seeds) in enumerate(variants.items()):
@@ -42,7 +42,6 @@ def draw(panels: Panels, path: Path):
                 axis.plot(grid / scale, ys.mean(0), color=color, label=f"{label} ({len(seeds)})")
                 axis.fill_between(grid / scale, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
             axis.set(xlabel="minutes" if scale == 60 else "million environment steps", xlim=(0, None))
-            axis.grid(alpha=0.3)
         column[0].set_title(title)
         column[0].legend(fontsize=7)
     figure.supylabel("return while training", fontsize="medium")
@@ -112,7 +111,6 @@ def draw_gradients(path: Path):
         axis.set(title=env, xlabel="h", ylabel=f"{key} / {unit}", xscale="log", xticks=hs, xticklabels=hs)
         axis.set_yscale("linear" if key == "bias" else "log")
         axis.minorticks_off()
-        axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 

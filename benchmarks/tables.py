@@ -79,8 +79,8 @@ def both_worst(group: pd.DataFrame, name: str, scale: float, digits: int) -> str
     return ", ".join(f"{x:.{digits}f}" for x in worst if x == x)
 
 
-def lowest(evaluations: pd.Series) -> float:
-    return evaluations.iloc[len(evaluations) // 2 - 1 :].min()
+def evaluations(run: str) -> list[float]:
+    return load_curves()[run].eval_return.dropna().tolist()
 
 
 def setting(group: pd.DataFrame) -> str:
@@ -106,9 +106,7 @@ COLUMNS = {
     "seed": lambda g: ", ".join(map(str, g.seed)),
     "trial": lambda g: g.trial.iloc[0],
     "return": lambda g: spread(g.eval_return),
-    "evaluations": lambda g: "; ".join(
-        " ".join(f"{x:,.0f}" for x in load_curves()[run].eval_return.dropna()) for run in g.run
-    ),
+    "evaluations": lambda g: "; ".join(" ".join(f"{x:,.0f}" for x in evaluations(run)) for run in g.run),
     "minutes": lambda g: f"{g.minutes.median():.1f}",
     "on MuJoCo": lambda g: spread(g.return_mujoco),
     "past a stop (rad)": lambda g: both_worst(g, "limit", 1, 2),
@@ -121,8 +119,8 @@ COLUMNS = {
     "KL": lambda g: spread(g.kl, 3),
     "inside the clip range": lambda g: f"{100 * g.inside_clip.mean():.0f} %",
     "noise at the end": lambda g: spread(g["std"], 2),
-    "best evaluation": lambda g: spread([load_curves()[run].eval_return.max() for run in g.run]),
-    "lowest since half-way": lambda g: spread([lowest(load_curves()[run].eval_return.dropna()) for run in g.run]),
+    "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
+    "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
     "PPO in these steps": lambda g: ppo_after(g, "global_step", g.steps.median()),
     "PPO in these minutes": lambda g: ppo_after(g, "wall_time_s", 60 * g.minutes.median()),
 }

@@ -19,8 +19,6 @@ import tyro
 from mujoco import rollout
 from train import FOLDERS, commit, diffsim
 
-from diffsim.flags import one_line_errors
-
 HORIZON, REPEATS = 32, 5  # control steps of a window; measurements, of which the median is kept
 
 
@@ -68,7 +66,7 @@ if __name__ == "__main__":
     path = args.results / "throughput.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     for batch in args.batches:
-        with one_line_errors():
+        with diffsim.flags.one_line_errors():
             env = diffsim.make(args.env, batch, physics="diffsim", compile=args.compile)
         env.reset()
         actions = (0.3 * torch.randn(HORIZON, batch, env.model.nu)).clamp(-1, 1).requires_grad_()
