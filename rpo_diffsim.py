@@ -133,7 +133,7 @@ DEFAULTS = {
     "Hopper-v5": ON_MUJOCO | ESTIMATOR | dict(
         num_envs=512, horizon=8, action_gradient_lambda=0.7, kl_coef=1.0, gamma=0.995,
     ),
-    "Walker2d-v5": ON_MUJOCO | LEGGED | dict(horizon=32),
+    "Walker2d-v5": ON_MUJOCO | LEGGED | dict(horizon=32, max_action_grad_norm=3.0),
 }  # fmt: skip
 
 
