@@ -118,7 +118,7 @@ DEFAULTS = {
         actor_learning_rate=2e-3,
     ),
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
-    "hopper on mujoco": ON_MUJOCO | LEGGED,
+    "hopper on mujoco": ON_MUJOCO | LEGGED | dict(score_share=0.5, normalize_returns=True),
     "walker on mujoco": ON_MUJOCO | LEGGED,
 }  # fmt: skip
 

@@ -204,7 +204,7 @@ VARIANTS = {  # tables of by_variant
         "algorithm == 'RPO' and env in ['Hopper-v5', 'Walker2d-v5'] and seed < 100",
         "task, setting, seeds, KL, return, lowest since half-way, 10 more episodes, falls in 64",
     ),
-    "trials": ("seed > 100", "task, trial, setting, seed, evaluations, minutes"),
+    "trials": ("seed > 100", "task, algorithm, trial, setting, seed, evaluations, minutes"),
     "model": (
         "algorithm == 'RP-PGM' and not tag.str.startswith('lab')",
         "task, setting, steps, seeds, return, best evaluation, minutes, PPO in these steps",
