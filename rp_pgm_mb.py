@@ -372,9 +372,9 @@ def normalized(normalizer, sample: dict) -> dict:
 
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
-    if args.buffer_size // args.num_envs <= args.unroll or args.learning_starts // args.num_envs <= args.unroll:
-        fail(f"--unroll is {args.unroll}; buffer_size and learning_starts, of {args.num_envs} envs, must exceed it")
     num_iterations = max(1, args.total_timesteps // args.num_envs)
+    if not args.unroll < min(args.buffer_size, args.learning_starts) // args.num_envs < num_iterations:
+        fail("--learning-starts must lie above --unroll x --num-envs, as --buffer-size, and below --total-timesteps")
     run = Run(args, num_iterations, args.num_envs, episodes=20)
 
     with one_line_errors():

@@ -366,7 +366,7 @@ def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient(
         (["--num-envs", 0], "--num-envs is 0"),
         (["--critic-hidden", 64, 0], "--critic-hidden is (64, 0)"),
         (["--unroll", -1], "--unroll is -1"),
-        (["--unroll", 2000], "--unroll is 2000"),
+        (["--unroll", 2000], "above --unroll"),
         (["--log-std-init", "nan"], "--log-std-init is nan"),
         (["--target-entropy", "nan"], "--target-entropy is nan"),
         (["--policy-average", 2], "--policy-average is 2"),
