@@ -33,11 +33,12 @@ def checkpoint(run) -> dict:
 
 # --- what it keeps ------------------------------------------------------------------------------------------------
 def test_config_json_says_what_ran(tmp_path):
-    run_script("shac.py", *small("shac.py", run_dir=tmp_path, total_timesteps=16, stop_after=1))
+    flags = small("shac.py", run_dir=tmp_path, total_timesteps=16, stop_after=1)
+    run_script("shac.py", *flags, "--max-grad-norm", "inf")
     run = the_run(tmp_path)
     config = json.loads((run / "config.json").read_text(), parse_constant=pytest.fail)  # no Infinity, which is no JSON
     assert config["script"] == "shac" and config["command"] and config["date"].startswith("20")
-    assert set(config["args"]) == set(checkpoint(run)["args"]) and config["args"]["max_action_grad_norm"] == "inf"
+    assert set(config["args"]) == set(checkpoint(run)["args"]) and config["args"]["max_grad_norm"] == "inf"
     assert config["versions"]["torch"] == torch.__version__ and config["versions"]["diffsim"] == diffsim.__version__
     assert {"python", "mujoco", "gymnasium", "numpy"} <= set(config["versions"]) and "resumed" not in config
     for stop in (2, 3):
