@@ -346,7 +346,7 @@ if __name__ == "__main__":
             old = actor(inputs)
             old_log_prob = old.log_prob(u).sum(-1)
             targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
-            advantage = targets - target_critic(inputs).mean(0)
+            advantage = targets - target_critic(inputs).mean(0) if args.score_share else None
         for epoch in range(args.update_epochs):
             new = actor(inputs)
             surrogate, _ = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)

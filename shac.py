@@ -312,7 +312,7 @@ if __name__ == "__main__":
             old = actor(inputs)
             old_log_prob = old.log_prob(u).sum(-1)
             targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
-            advantage = targets - target_critic(inputs).mean(0)
+            advantage = targets - target_critic(inputs).mean(0) if args.score_share else None
         if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
             score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage - advantage.mean()).mean()
             gradients = [p.grad for p in actor.parameters()], grad(score, actor.parameters(), retain_graph=True)
