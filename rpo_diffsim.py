@@ -64,11 +64,13 @@ class Args(RunArgs):
     entropy_coef: Weight = 0.0
     """weight of the entropy bonus (the paper: 0.2 on Ant, 0.25 on Hopper)"""
     actor_learning_rate: Rate = 2e-3
-    """initial learning rate of the policy; falls linearly to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
+    """initial learning rate of the policy; falls to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
     critic_learning_rate: Rate = 1e-3
-    """initial learning rate of the critics; falls linearly to min_learning_rate"""
+    """initial learning rate of the critics; falls to min_learning_rate"""
     min_learning_rate: Weight = 1e-5
     """learning rate at the end"""
+    learning_rate_decay: Literal["linear", "exponential"] = "linear"
+    """from the initial learning rates to the last (RPO's paper: exponential)"""
     weight_decay: Weight = 0.0
     """AdamW's weight decay of policy and critics"""
     adam_betas: tuple[Decay, Decay] = (0.7, 0.95)
@@ -112,9 +114,8 @@ class Args(RunArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-ESTIMATOR = dict(  # beyond the paper: dR/du that varies less, and PPO's gradient for falls, which it does not see
-    score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True,
-)  # fmt: skip
+# Beyond the paper: dR/du that varies less, and PPO's gradient.
+ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
@@ -256,7 +257,7 @@ def action_gradients(returns, us, terminated, truncated, lam: float):
 
 
 def rpo_surrogate(policy: Normal, u, old_log_prob, g, clip_low: float, clip_high: float):
-    """ratio <g, u'> of each sample whose importance ratio is in range, else 0 (eq. 11); and the ratio: (...,) both.
+    """ratio <g, u'> of each sample whose importance ratio is in range, else 0 (eq. 11); the ratio; is it: all (...,).
 
     u' = mean + std noise is the old u as a number, with the new policy's gradient: its noise is regenerated (eq. 10).
     A sample out of range contributes nothing, whatever its gradient. The Jacobian of tanh cancels in the ratio.
@@ -264,7 +265,7 @@ def rpo_surrogate(policy: Normal, u, old_log_prob, g, clip_low: float, clip_high
     regenerated = policy.mean + policy.stddev * ((u - policy.mean) / policy.stddev).detach()
     ratio = (policy.log_prob(u).sum(-1) - old_log_prob).exp().detach()
     inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
-    return torch.where(inside, ratio, 0.0) * (g * regenerated).sum(-1), ratio  # the ratio out of range may be infinite
+    return torch.where(inside, ratio, 0.0) * (g * regenerated).sum(-1), ratio, inside  # outside it may be infinite
 
 
 def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
@@ -280,8 +281,8 @@ if __name__ == "__main__":
         fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {batch_size} samples of a window")
     if (lam := args.action_gradient_lambda) ** (args.horizon - 1) < 1e-20:
         fail(f"--action-gradient-lambda {lam} vanishes over --horizon {args.horizon}; use a shorter one, or more of it")
-    if args.physics == "gymnasium":
-        fail("--physics gymnasium has no gradient: use mujoco, or ppo_baseline.py or rp_pgm_mb.py")
+    if args.learning_rate_decay == "exponential" and args.min_learning_rate == 0:
+        fail("--learning-rate-decay exponential never comes to --min-learning-rate 0; use one above 0, or linear")
     num_iterations = max(1, args.total_timesteps // batch_size)
     clip_low, clip_high = args.clip_coef[0], args.clip_coef[-1]
     run = Run(args, num_iterations, batch_size)
@@ -309,9 +310,9 @@ if __name__ == "__main__":
     )  # fmt: skip
 
     for iteration in run:
-        left = 1 - iteration / num_iterations
+        left, low, linear = 1 - iteration / num_iterations, args.min_learning_rate, args.learning_rate_decay == "linear"
         for adam, rate in ((actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)):
-            adam.param_groups[0]["lr"] = args.min_learning_rate + left * (rate - args.min_learning_rate)
+            adam.param_groups[0]["lr"] = low + left * (rate - low) if linear else low * (rate / low) ** left
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
         obs, window = env.detach(), defaultdict(list)
@@ -349,7 +350,7 @@ if __name__ == "__main__":
             advantage = targets - target_critic(inputs).mean(0) if args.score_share else None
         for epoch in range(args.update_epochs):
             new = actor(inputs)
-            surrogate, _ = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)
+            surrogate, _, _ = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)
             kl = kl_divergence(old, new).sum(-1).mean()  # eq. 12
             entropy = squashed_entropy(new, new.rsample()).mean()  # eq. 13
             policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
@@ -367,8 +368,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             new = actor(inputs)  # how far the update went
             kl = kl_divergence(old, new).sum(-1).mean()
-            ratio = (new.log_prob(u).sum(-1) - old_log_prob).exp()
-            inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
+            _, ratio, inside = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)
         run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------

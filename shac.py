@@ -57,11 +57,13 @@ class Args(RunArgs):
     stagger: bool = True
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
     actor_learning_rate: Rate = 3e-3
-    """initial learning rate of the policy; falls linearly to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
+    """initial learning rate of the policy; falls to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
     critic_learning_rate: Rate = 1e-3
-    """initial learning rate of the critics; falls linearly to min_learning_rate"""
+    """initial learning rate of the critics; falls to min_learning_rate"""
     min_learning_rate: Weight = 1e-5
     """learning rate at the end"""
+    learning_rate_decay: Literal["linear", "exponential"] = "linear"
+    """from the initial learning rates to the last (RPO's paper: exponential)"""
     weight_decay: Weight = 0.0
     """AdamW's weight decay of policy and critics"""
     adam_betas: tuple[Decay, Decay] = (0.7, 0.95)
@@ -242,8 +244,8 @@ if __name__ == "__main__":
         fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {batch_size} samples of a window")
     if args.learn_entropy_coef and not args.entropy_coef:
         fail("--learn-entropy-coef needs an --entropy-coef above 0 to start from")
-    if args.physics == "gymnasium":
-        fail("--physics gymnasium has no gradient: use mujoco, or ppo_baseline.py or rp_pgm_mb.py")
+    if args.learning_rate_decay == "exponential" and args.min_learning_rate == 0:
+        fail("--learning-rate-decay exponential never comes to --min-learning-rate 0; use one above 0, or linear")
     num_iterations = max(1, args.total_timesteps // batch_size)
     run = Run(args, num_iterations, batch_size)
 
@@ -274,9 +276,9 @@ if __name__ == "__main__":
     )  # fmt: skip
 
     for iteration in run:
-        left = 1 - iteration / num_iterations
+        left, low, linear = 1 - iteration / num_iterations, args.min_learning_rate, args.learning_rate_decay == "linear"
         for adam, rate in ((actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)):
-            adam.param_groups[0]["lr"] = args.min_learning_rate + left * (rate - args.min_learning_rate)
+            adam.param_groups[0]["lr"] = low + left * (rate - low) if linear else low * (rate / low) ** left
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
         obs, window = env.detach(), defaultdict(list)

@@ -81,6 +81,9 @@ class GymnasiumEnv:
         print(f"{self.name} cannot be saved: its episodes start anew, everything else goes on")
         self.reset()
 
+    def check_gradient(self, steps: int):
+        raise ValueError("--physics gymnasium has no gradient: use mujoco, or ppo_baseline.py or rp_pgm_mb.py")
+
     def close(self):
         self.envs.close()
 

@@ -51,6 +51,8 @@ shac.py --critic-learning-rate nan | --critic-learning-rate is nan
 shac.py --min-learning-rate nan | --min-learning-rate is nan
 shac.py --min-learning-rate inf | --min-learning-rate is inf
 shac.py --min-learning-rate -1e-9 | --min-learning-rate is -1e-09
+shac.py --learning-rate-decay cosine | --learning-rate-decay
+rpo_diffsim.py --learning-rate-decay exponential --min-learning-rate 0 | exponential never comes to
 shac.py --weight-decay nan | --weight-decay is nan
 shac.py --weight-decay -1 | --weight-decay is -1
 shac.py --weight-decay inf | --weight-decay is inf

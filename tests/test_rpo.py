@@ -46,7 +46,7 @@ def test_first_epochs_gradient_is_shacs(state_dependent):
     u = torch.cat(us).detach()
     actor.requires_grad_(True)
     old = actor(states).log_prob(u).sum(-1).detach()
-    surrogate, ratio = rpo.rpo_surrogate(actor(states), u, old, g, 0.8, 1.0)
+    surrogate, ratio, _ = rpo.rpo_surrogate(actor(states), u, old, g, 0.8, 1.0)
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-12, atol=1e-12)
     cached = torch.autograd.grad(surrogate.sum(), list(actor.parameters()), allow_unused=True)
     for a, b in zip(through_physics, cached):
@@ -68,7 +68,7 @@ def problem(n=200):
 def test_later_epochs_gradient_is_that_of_the_naive_surrogate():
     s, old_mean, old_log_std, u, g, w, log_std = problem()
     old = Normal(old_mean, old_log_std.exp()).log_prob(u).sum(-1)
-    surrogate, ratio = rpo.rpo_surrogate(Normal(s @ w, log_std.exp().expand_as(u)), u, old, g, 0.5, 0.5)
+    surrogate, ratio, _ = rpo.rpo_surrogate(Normal(s @ w, log_std.exp().expand_as(u)), u, old, g, 0.5, 0.5)
     ours = torch.autograd.grad(surrogate.sum(), (w, log_std))
     assert 0.05 < float(((ratio < 0.5) | (ratio > 1.5)).double().mean()) < 0.95  # both sides of the clip are tried
     naive_w, naive_std = torch.zeros_like(w), torch.zeros_like(log_std)
@@ -90,7 +90,7 @@ def test_the_regenerated_action_is_the_sampled_one():
     old = Normal(old_mean, old_log_std.exp()).log_prob(u).sum(-1)
     for i in range(3):  # <e_i, regenerated> / ratio
         g = torch.eye(3, dtype=torch.float64)[i].expand_as(u)
-        surrogate, ratio = rpo.rpo_surrogate(Normal(s @ w, log_std.exp().expand_as(u)), u, old, g, 1.0, float("inf"))
+        surrogate, ratio, _ = rpo.rpo_surrogate(Normal(s @ w, log_std.exp().expand_as(u)), u, old, g, 1.0, float("inf"))
         torch.testing.assert_close(surrogate / ratio, u[:, i], rtol=1e-12, atol=1e-12)
 
 
@@ -98,7 +98,7 @@ def test_a_sample_out_of_range_feels_the_kl_only():
     mean = torch.tensor([[0.0], [3.0]], dtype=torch.float64, requires_grad=True)
     one, u = torch.ones(2, 1, dtype=torch.float64), torch.full((2, 1), 0.1, dtype=torch.float64)
     before, new = Normal(0 * one, one), Normal(mean, one)
-    surrogate, ratio = rpo.rpo_surrogate(new, u, before.log_prob(u).sum(-1), one, 0.8, 1.0)
+    surrogate, ratio, _ = rpo.rpo_surrogate(new, u, before.log_prob(u).sum(-1), one, 0.8, 1.0)
     assert ratio[1] < 0.2 and surrogate[1] == 0
     (grad,) = torch.autograd.grad(surrogate.sum(), mean)
     assert grad[0] == 1 and grad[1] == 0
@@ -112,10 +112,10 @@ def test_the_bounds_of_the_ratio_are_one_minus_low_and_one_plus_high(low, high):
     wanted = torch.linspace(0.11, 2.51, 49, dtype=torch.float64)  # ratios
     u, one = torch.zeros(49, 1, dtype=torch.float64), torch.ones(49, 1, dtype=torch.float64)
     new = Normal(torch.zeros_like(u), one)
-    surrogate, ratio = rpo.rpo_surrogate(new, u, new.log_prob(u).sum(-1) - wanted.log(), one, low, high)
+    surrogate, ratio, _ = rpo.rpo_surrogate(new, u, new.log_prob(u).sum(-1) - wanted.log(), one, low, high)
     torch.testing.assert_close(ratio, wanted)
     g = torch.where((wanted >= 1 - low - 1e-9) & (wanted <= 1 + high + 1e-9), wanted, 0.0)
-    surrogate, _ = rpo.rpo_surrogate(
+    surrogate, _, _ = rpo.rpo_surrogate(
         Normal(one, one), one, Normal(one, one).log_prob(one).sum(-1) - wanted.log(), one, low, high
     )
     torch.testing.assert_close(surrogate, g)  # <g, u'> is 1
@@ -131,7 +131,7 @@ def test_proposition_1_on_a_linear_quadratic_problem():
     u = theta_old * s + sigma_old * torch.randn(n, 1, dtype=torch.float64)
     old = Normal(theta_old * s, sigma_old).log_prob(u).sum(-1)
     g = -2 * (u - b * s)  # R = -(u - b s)^2
-    surrogate, ratio = rpo.rpo_surrogate(Normal(theta * s, log_std.exp().expand_as(s)), u, old, g, 1.0, float("inf"))
+    surrogate, ratio, _ = rpo.rpo_surrogate(Normal(theta * s, log_std.exp().expand_as(s)), u, old, g, 1.0, float("inf"))
     grads = torch.autograd.grad(surrogate.mean(), (theta, log_std))
     with torch.no_grad():  # J = -((theta - b)^2 + sigma^2) for s standard normal
         truth = (-2 * (theta - b), -2 * log_std.exp() ** 2)

@@ -165,8 +165,8 @@ COMMON = dict(
 THROUGH_PHYSICS = dict(
     activation="silu",
     stiffness=1.2, smoothing=2.0, stagger=False, horizon=2, actor_learning_rate=1e-4, critic_learning_rate=2e-3,
-    min_learning_rate=1e-6, weight_decay=0.01, adam_betas=(0.8, 0.9), score_share=0.3, gae_lambda=0.8,
-    normalize_returns=True,
+    min_learning_rate=1e-6, learning_rate_decay="exponential", weight_decay=0.01, adam_betas=(0.8, 0.9),
+    score_share=0.3, gae_lambda=0.8, normalize_returns=True,
     target_alpha=0.4, num_critics=3, critic_epochs=2, critic_minibatches=2, state_dependent_std=True,
 )  # fmt: skip
 GIVEN = {

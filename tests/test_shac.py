@@ -180,6 +180,15 @@ def test_shac_learns_a_task_from_a_file(arm, tmp_path):
     assert learned("shac.py", arm, tmp_path, *flags) > -26
 
 
+@pytest.mark.parametrize("script", WINDOWS)
+def test_learning_rates_fall_linearly_or_exponentially(script, tmp_path):
+    flags = "--env cartpole --actor-learning-rate 1e-2 --min-learning-rate 1e-4 --total-timesteps 16".split()
+    for decay, expected in (("linear", [1e-2, 0.7525e-2, 0.505e-2]), ("exponential", [1e-2, 10**-2.5, 1e-3])):
+        given = [*TINY, *flags, "--learning-rate-decay", decay, "--run-dir", tmp_path / decay]
+        run_script(script, *given, "--stop-after", 3)
+        assert [float(r["learning_rate"]) for r in rows(tmp_path / decay)] == pytest.approx(expected)
+
+
 def test_play_measures_on_both_engines(tmp_path):
     run_script("shac.py", *TINY, "--env", "hopper", "--stop-after", 1, "--run-dir", tmp_path)
     run = the_run(tmp_path)
