@@ -1,5 +1,7 @@
 """MuJoCo's physics with diffsim's derivatives: the value is MuJoCo's, the gradient diffsim's at the same state."""
 
+import copy
+
 import gymnasium
 import mujoco
 import numpy as np
@@ -122,7 +124,17 @@ def test_a_script_trains_on_mujoco_and_logs_the_mismatch(script, tmp_path):
     assert (saved["args"]["physics"], saved["args"]["smoothing"]) == ("mujoco", 3)
 
 
-TWINS = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"]
+TWINS = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Humanoid-v5"]
+
+
+def where(reference) -> float:
+    """x of Gymnasium's robot at its qpos, of its centre of mass if it is the humanoid."""
+    robot, data = reference.unwrapped.model, reference.unwrapped.data
+    if reference.spec.id != "Humanoid-v5":
+        return data.qpos[0]
+    data = copy.copy(data)
+    mujoco.mj_kinematics(robot, data)
+    return robot.body_mass @ data.xipos[:, 0] / robot.body_mass.sum()
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -130,7 +142,7 @@ def test_a_twin_is_gymnasiums_environment(name):
     env = diffsim.make(name, 1, physics="mujoco", dtype=torch.float64)
     env.reset(seed=1)
     kwargs = dict(env.task.gymnasium_kwargs)
-    if name == "Ant-v5":
+    if name in ("Ant-v5", "Humanoid-v5"):
         kwargs["contact_cost_weight"] = 0.0
     reference = gymnasium.make(name, **kwargs)
     reference.reset(seed=0)
@@ -142,11 +154,11 @@ def test_a_twin_is_gymnasiums_environment(name):
         action = rng.uniform(-1, 1, env.model.nu)
         with torch.no_grad():
             _, reward, terminated, _, info = env.step(torch.from_numpy(action)[None])
-        x_before = reference.unwrapped.data.qpos[0]
-        obs, expected, ends, _, parts = reference.step(action)
-        if name == "Ant-v5":  # the speed of qpos, not of the body's position, which lags behind it
-            speed = (reference.unwrapped.data.qpos[0] - x_before) / env.control_dt
-            expected += speed - parts["reward_forward"]
+        before = where(reference)
+        obs, expected, ends, _, parts = reference.step(action * reference.action_space.high)
+        if "contact_cost_weight" in kwargs:  # the speed of where qpos is, not of body positions, which lag behind it
+            speed = (where(reference) - before) / env.control_dt
+            expected += reference.unwrapped._forward_reward_weight * speed - parts["reward_forward"]
         np.testing.assert_allclose(info["final_obs"][0], obs, rtol=1e-6, atol=1e-6)
         assert float(reward[0]) == pytest.approx(float(expected), abs=1e-6) and bool(terminated[0]) == ends
         ended |= ends
@@ -155,10 +167,11 @@ def test_a_twin_is_gymnasiums_environment(name):
     assert obs.shape == (1, reference.observation_space.shape[0])
 
 
-def test_gymnasiums_ant_has_the_observations_of_its_twin():
+def test_gymnasiums_robots_have_the_observations_of_their_twins():
     """Without contact forces, whether it is trained on or played."""
-    for env in (diffsim.make("Ant-v5", physics="gymnasium"), playback_env("Ant-v5", 1, "gymnasium")):
-        assert env.single_observation_space.shape == (27,)
+    for name, size in (("Ant-v5", 27), ("Humanoid-v5", 45)):
+        for env in (diffsim.make(name, physics="gymnasium"), playback_env(name, 1, "gymnasium")):
+            assert env.single_observation_space.shape == (size,)
 
 
 def test_the_engine_of_a_task_is_its_own_unless_asked_otherwise():
