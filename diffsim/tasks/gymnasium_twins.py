@@ -3,7 +3,7 @@
 They run on MuJoCo's physics unless told otherwise, so the thing optimised is the thing evaluated (`--physics gymnasium`
 runs `gymnasium.make` itself).
 Contact forces are left out: of Ant's and Humanoid's observations (include_cfrc_ext_in_observation=False) and rewards
-(of Ant's at most 0.039 a step; of Humanoid's at most 10, in a hard fall). Humanoid observes qpos and qvel alone, without
+(of Ant's at most 0.039 a step; of Humanoid's at most 10, in a fall). Humanoid observes qpos and qvel alone, without
 what Gymnasium computes from them (cinert, cvel) or from the action (qfrc_actuator). Ant's speed is that of qpos,
 Humanoid's that of the centre of mass at qpos: Gymnasium takes the last computed positions, which lag by a part of a
 substep. Source of the definitions: the environments' documentation, gymnasium.farama.org.
