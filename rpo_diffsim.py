@@ -9,7 +9,6 @@
 With one epoch this is SHAC: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper; CleanRL's RPO is another.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
-    python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
@@ -40,7 +39,9 @@ class Args(RunArgs):
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
-    """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states; None: the task's own"""
+    """engine that runs the task; None: the task's own"""
+    derivative: Literal["diffsim", "mujoco"] = "diffsim"
+    """whose gradient physics mujoco has: diffsim's at MuJoCo's states, or MuJoCo's by finite differences (slower)"""
     stiffness: Rate | None = None
     """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; None: 2.4, and 0.6 with physics mujoco"""
     smoothing: Rate | None = None
@@ -112,9 +113,9 @@ class Args(RunArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-ESTIMATOR = dict(  # beyond the paper: dR/du that varies less, and PPO's gradient for falls, which it does not see
-    score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True,
-)  # fmt: skip
+# Beyond the paper: dR/du that varies less, and PPO's gradient for falls, which it does not see.
+ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
+HOPPER = ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0)
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
@@ -125,15 +126,14 @@ DEFAULTS = {
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
     ),
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
-    "hopper on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0),
+    "hopper on mujoco": ON_MUJOCO | LEGGED | HOPPER,
     "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
     "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | dict(total_timesteps=1_000_000, horizon=4),
-    "Hopper-v5": ON_MUJOCO | ESTIMATOR | dict(
-        num_envs=512, horizon=8, action_gradient_lambda=0.7, kl_coef=1.0, gamma=0.995,
-    ),
+    "Hopper-v5": ON_MUJOCO | HOPPER | dict(num_envs=512, horizon=8, gamma=0.995),
     "Walker2d-v5": ON_MUJOCO | LEGGED | dict(horizon=32, max_action_grad_norm=3.0),
+    "Humanoid-v5": ON_MUJOCO | BIG_CRITIC | ESTIMATOR | dict(total_timesteps=1_000_000, horizon=8),
 }  # fmt: skip
 
 
@@ -289,7 +289,7 @@ if __name__ == "__main__":
     with one_line_errors():
         env = diffsim.make(
             args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
-            smoothing=args.smoothing, device=args.device, compile=args.compile,
+            smoothing=args.smoothing, derivative=args.derivative, device=args.device, compile=args.compile,
         )  # fmt: skip
         env.check_gradient(args.horizon)
         evaluator = Evaluator(args)

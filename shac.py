@@ -41,7 +41,9 @@ class Args(RunArgs):
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
     physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
-    """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states; None: the task's own"""
+    """engine that runs the task; None: the task's own"""
+    derivative: Literal["diffsim", "mujoco"] = "diffsim"
+    """whose gradient physics mujoco has: diffsim's at MuJoCo's states, or MuJoCo's by finite differences (slower)"""
     stiffness: Rate | None = None
     """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; None: 2.4, and 0.6 with physics mujoco"""
     smoothing: Rate | None = None
@@ -250,7 +252,7 @@ if __name__ == "__main__":
     with one_line_errors():
         env = diffsim.make(
             args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
-            smoothing=args.smoothing, device=args.device, compile=args.compile,
+            smoothing=args.smoothing, derivative=args.derivative, device=args.device, compile=args.compile,
         )  # fmt: skip
         env.check_gradient(args.horizon)
         evaluator = Evaluator(args)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.mujoco_physics import RealValue
+from diffsim.mujoco_physics import MujocoPhysics, RealValue, motions
+from diffsim.physics import DiffsimPhysics
 from diffsim.play import playback_env
 from tests import TINY, WINDOWS, rows, run_script, the_run
 
@@ -125,6 +126,57 @@ def test_a_script_trains_on_mujoco_and_logs_the_mismatch(script, tmp_path):
 
 
 TWINS = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Humanoid-v5"]
+
+
+# --- MuJoCo's own derivative --------------------------------------------------------------------------------------
+FLYING = """<mujoco><option timestep="0.005"/><default><geom size="0.1" contype="0"/><joint damping="0.2"/></default>
+<worldbody><body><freejoint/><geom type="box" size="0.1 0.2 0.3"/><body pos="0 0 0.3"><joint type="ball"/>
+<geom pos="0.1 0 0.2"/><body pos="0 0 0.3"><joint name="j" axis="1 1 0" stiffness="3"/><geom pos="0 0.2 0.1"/></body>
+</body></body></worldbody><actuator><motor joint="j" ctrlrange="-1 1" gear="3"/></actuator></mujoco>"""
+
+
+def test_without_contacts_the_engines_have_the_same_derivative():
+    """Where MuJoCo and diffsim move alike; a control at either end of its range has a slope, too."""
+    model = diffsim.load_model(FLYING, dtype=torch.float64)
+    shapes, found = ((model.nq, 3), (model.nv, 3)), []
+    qpos, qvel = (torch.randn(shape).double() for shape in shapes)
+    for row in (3, 7):
+        qpos[row : row + 4] /= qpos[row : row + 4].norm(dim=0)
+    start = [x.requires_grad_() for x in (qpos, qvel, torch.tensor([[-1.0, 0.3, 1.0]]).double())]
+    cotangents = [torch.randn(shape).double() for shape in shapes]
+    for differentiator in (lambda: DiffsimPhysics(model, 4, 3, compile=False), None):
+        end = MujocoPhysics(model, 4, differentiator).step(*start)
+        of_qpos, *others = torch.autograd.grad(end, start, cotangents)
+        of_dofs = torch.einsum("kib,ib->kb", motions(model, qpos.detach()), of_qpos)
+        found.append(torch.cat([of_dofs, *others]))
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hopper", "Ant-v5"])
+def test_a_windows_gradient_is_mujocos(name):
+    """With feet on the ground, against central differences of the window's return."""
+    env = landed(name, derivative="mujoco")
+    start = env.get_state()
+    actions = (torch.rand(5, 3, env.model.nu).double() - 0.5).requires_grad_()
+
+    def returns(actions):
+        env.set_state(start)
+        return sum(env.step(action)[1] for action in actions)
+
+    (gradient,) = torch.autograd.grad(returns(actions).sum(), actions)
+    direction = torch.randn_like(actions)
+    with torch.no_grad():
+        difference = (returns(actions + 1e-6 * direction) - returns(actions - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((gradient * direction).sum((0, 2)), difference, rtol=1e-3, atol=1e-4)
+
+
+def test_mujocos_derivative_is_the_first():
+    env = diffsim.make("hopper", 1, physics="mujoco", derivative="mujoco")  # needs nothing compiled
+    _, reward, *_ = env.step(action := torch.zeros(1, 3, requires_grad=True))
+    assert env.diagnostics() == {}
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(reward.sum(), action, create_graph=True)
 
 
 def where(reference) -> float:

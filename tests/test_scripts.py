@@ -163,7 +163,7 @@ COMMON = dict(
     eval_every=6, eval_episodes=2, eval_physics=True, max_grad_norm=0.4, entropy_coef=0.2,
 )  # fmt: skip
 THROUGH_PHYSICS = dict(
-    activation="silu",
+    activation="silu", derivative="mujoco",
     stiffness=1.2, smoothing=2.0, stagger=False, horizon=2, actor_learning_rate=1e-4, critic_learning_rate=2e-3,
     min_learning_rate=1e-6, weight_decay=0.01, adam_betas=(0.8, 0.9), score_share=0.3, gae_lambda=0.8,
     normalize_returns=True,
