@@ -201,7 +201,7 @@ def test_a_twin_is_gymnasiums_environment(name):
     assert reference.unwrapped.dt == pytest.approx(env.control_dt)
     rng = np.random.default_rng(0)
     ended = False
-    for _ in range(300):
+    for _ in range(100):
         reference.unwrapped.set_state(env.qpos[:, 0].numpy(), env.qvel[:, 0].numpy())
         action = rng.uniform(-1, 1, env.model.nu)
         with torch.no_grad():
