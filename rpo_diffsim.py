@@ -9,7 +9,6 @@
 With one epoch this is SHAC: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper; CleanRL's RPO is another.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
-    python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
@@ -26,7 +25,7 @@ import torch.nn as nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
-from diffsim.flags import RunArgs, fail, one_line_errors, parse
+from diffsim.flags import PhysicsArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
 
@@ -35,16 +34,10 @@ from diffsim.flags import Clip, Count, Decay, Few, Fraction, Layers, Norm, Numbe
 
 
 @dataclass
-class Args(RunArgs):
-    # device, compile, eval_every, eval_episodes, save_every, resume, capture_video and the like: diffsim/flags.py
+class Args(PhysicsArgs):
+    # physics, derivative, stiffness, smoothing, device, eval_every, save_every, resume and the like: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
-    physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
-    """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states; None: the task's own"""
-    stiffness: Rate | None = None
-    """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; None: 2.4, and 0.6 with physics mujoco"""
-    smoothing: Rate | None = None
-    """width of their smoothing, as a multiple of diffsim.Softness's; None: 1, and 3 with physics mujoco"""
     seed: Seed = 1
     """seed of the networks, the noise and the environments"""
     num_envs: Count = 256
@@ -85,6 +78,8 @@ class Args(RunArgs):
     """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
+    policy_average: Decay = 0.0
+    """share of the averaged policy, the one evaluated and exported, that is kept at each update; 0: the last policy"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
@@ -114,8 +109,9 @@ class Args(RunArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-# Beyond the paper: dR/du that varies less, and PPO's gradient.
+# Beyond the paper: dR/du that varies less, and PPO's gradient for falls, which it does not see.
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
+HOPPER = ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0)
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
@@ -126,15 +122,14 @@ DEFAULTS = {
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
     ),
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
-    "hopper on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0),
+    "hopper on mujoco": ON_MUJOCO | LEGGED | HOPPER,
     "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
     "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | dict(total_timesteps=1_000_000, horizon=4),
-    "Hopper-v5": ON_MUJOCO | ESTIMATOR | dict(
-        num_envs=512, horizon=8, action_gradient_lambda=0.7, kl_coef=1.0, gamma=0.995,
-    ),
+    "Hopper-v5": ON_MUJOCO | HOPPER | dict(num_envs=512, horizon=8, gamma=0.995),
     "Walker2d-v5": ON_MUJOCO | LEGGED | dict(horizon=32, max_action_grad_norm=3.0),
+    "Humanoid-v5": ON_MUJOCO | BIG_CRITIC | ESTIMATOR | dict(total_timesteps=1_000_000, horizon=8),
 }  # fmt: skip
 
 
@@ -288,10 +283,7 @@ if __name__ == "__main__":
     run = Run(args, num_iterations, batch_size)
 
     with one_line_errors():
-        env = diffsim.make(
-            args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
-            smoothing=args.smoothing, device=args.device, compile=args.compile,
-        )  # fmt: skip
+        env = diffsim.make(args.env, args.num_envs, seed=args.seed, **args.engine())
         env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
@@ -301,11 +293,12 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic)
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
+    average = copy.deepcopy(policy)
     settings = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
     actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
     run.restore(
-        policy, env, actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer,
+        average, env, average=average, normalizer=normalizer, actor=actor, critic=critic, target_critic=target_critic,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
@@ -385,7 +378,10 @@ if __name__ == "__main__":
         with torch.no_grad():
             for slow, fast in zip(target_critic.parameters(), critic.parameters()):
                 slow.lerp_(fast, 1 - args.target_alpha)
+            for slow, fast in zip(average.parameters(), policy.parameters()):
+                slow.lerp_(fast, 1 - args.policy_average)
         normalizer.update(window["obs"].flatten(0, 1))
+        average.normalizer.load_state_dict(normalizer.state_dict())
         run.lap("critic")
 
         # --- log and evaluate ------------------------------------------------------------------------------------
@@ -397,4 +393,4 @@ if __name__ == "__main__":
             "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
-            run.log(evaluator(policy))
+            run.log(evaluator(average))

@@ -27,7 +27,7 @@ import torch.nn as nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
-from diffsim.flags import RunArgs, fail, one_line_errors, parse
+from diffsim.flags import PhysicsArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
 
@@ -36,16 +36,10 @@ from diffsim.flags import Count, Decay, Few, Fraction, Layers, Norm, Number, Rat
 
 
 @dataclass
-class Args(RunArgs):
-    # device, compile, eval_every, eval_episodes, save_every, resume, capture_video and the like: diffsim/flags.py
+class Args(PhysicsArgs):
+    # physics, derivative, stiffness, smoothing, device, eval_every, save_every, resume and the like: diffsim/flags.py
     env: str = "ant"
     """environment: see `python -m diffsim` for the list, or path/to/my_task.py:MyTask"""
-    physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
-    """engine that runs the task; with mujoco the gradient is diffsim's at MuJoCo's states; None: the task's own"""
-    stiffness: Rate | None = None
-    """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; None: 2.4, and 0.6 with physics mujoco"""
-    smoothing: Rate | None = None
-    """width of their smoothing, as a multiple of diffsim.Softness's; None: 1, and 3 with physics mujoco"""
     seed: Seed = 1
     """seed of the networks, the noise and the environments"""
     num_envs: Count = 256
@@ -72,6 +66,8 @@ class Args(RunArgs):
     """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
+    policy_average: Decay = 0.0
+    """share of the averaged policy, the one evaluated and exported, that is kept at each update; 0: the last policy"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
@@ -250,10 +246,7 @@ if __name__ == "__main__":
     run = Run(args, num_iterations, batch_size)
 
     with one_line_errors():
-        env = diffsim.make(
-            args.env, args.num_envs, seed=args.seed, physics=args.physics, stiffness=args.stiffness,
-            smoothing=args.smoothing, device=args.device, compile=args.compile,
-        )  # fmt: skip
+        env = diffsim.make(args.env, args.num_envs, seed=args.seed, **args.engine())
         env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
@@ -263,6 +256,7 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic) if args.target_critic else critic
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
+    average = copy.deepcopy(policy)
     settings = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
     actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
@@ -270,7 +264,7 @@ if __name__ == "__main__":
     temperature_optimizer = torch.optim.Adam(temperature, args.entropy_learning_rate)
     target_entropy = -act_dim / 2
     run.restore(
-        policy, env, actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer,
+        average, env, average=average, normalizer=normalizer, actor=actor, critic=critic, target_critic=target_critic,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, temperature=temperature,
         temperature_optimizer=temperature_optimizer,
     )  # fmt: skip
@@ -348,7 +342,10 @@ if __name__ == "__main__":
         with torch.no_grad():
             for slow, fast in zip(target_critic.parameters(), critic.parameters()):
                 slow.lerp_(fast, 1 - args.target_alpha)
+            for slow, fast in zip(average.parameters(), policy.parameters()):
+                slow.lerp_(fast, 1 - args.policy_average)
         normalizer.update(window["obs"].flatten(0, 1))
+        average.normalizer.load_state_dict(normalizer.state_dict())
         run.lap("critic")
 
         # --- log and evaluate ------------------------------------------------------------------------------------
@@ -360,4 +357,4 @@ if __name__ == "__main__":
             "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
-            run.log(evaluator(policy))
+            run.log(evaluator(average))

@@ -32,6 +32,7 @@ def make(
     *,
     seed: int = 0,
     physics: str | None = None,
+    derivative: str = "diffsim",
     stiffness: float | None = None,
     smoothing: float | None = None,
     device: str = "cpu",
@@ -42,8 +43,9 @@ def make(
 
     Args:
         task: its name ("ant"), "path/to/my_task.py:MyTask", a Task or its class, or the id of a Gymnasium environment.
-        physics: "diffsim"; "mujoco", MuJoCo's step with diffsim's gradient; "gymnasium", `gymnasium.make` itself,
+        physics: "diffsim"; "mujoco", MuJoCo's step with a gradient; "gymnasium", `gymnasium.make` itself,
             without gradient. None: the task's own, which is mujoco for those of Gymnasium that diffsim has, too.
+        derivative: whose gradient physics mujoco has: "diffsim"; "mujoco", MuJoCo's own by finite differences.
         stiffness, smoothing: of the contacts that the gradient goes through, see Softness. None: diffsim's own, and
             softer, smoother ones (0.6, 3) with mujoco, where they decide nothing but the gradient.
         compile: compile diffsim's step, once for a robot, num_envs and softness.
@@ -64,6 +66,10 @@ def make(
         raise ValueError(f"dtype is {dtype!r}; it must be torch.float32 or torch.float64")
     if physics not in PHYSICS:
         raise ValueError(f"unknown physics '{physics}'; there is {', '.join(PHYSICS)}")
+    if derivative not in PHYSICS[:2]:
+        raise ValueError(f"unknown derivative '{derivative}'; there is {', '.join(PHYSICS[:2])}")
+    if derivative == "mujoco" != physics:
+        raise ValueError(f"derivative mujoco is of MuJoCo's step: use physics mujoco, not {physics}")
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
@@ -84,7 +90,7 @@ def make(
     usual_stiffness, usual_smoothing = (0.6, 3.0) if physics == "mujoco" else (Softness.stiffness, 1.0)
     softness = Softness(usual_stiffness if stiffness is None else stiffness)
     softness = softness.widened(usual_smoothing if smoothing is None else smoothing)
-    return DiffEnv(task, num_envs, seed, device, physics, compile, dtype, softness)
+    return DiffEnv(task, num_envs, seed, device, physics, derivative, compile, dtype, softness)
 
 
 def _single(task: str, **kwargs) -> NumpyEnv:

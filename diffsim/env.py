@@ -44,6 +44,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         seed: int = 0,
         device: str = "cpu",
         physics: str = "diffsim",
+        derivative: str = "diffsim",
         compile: bool = True,
         dtype: torch.dtype = torch.float32,
         softness: Softness | None = None,
@@ -64,7 +65,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         obs_dim = check_methods(task, self.model)  # before anything is compiled
         differentiable = partial(DiffsimPhysics, self.model, task.substeps, num_envs, compile)
         if physics == "mujoco":
-            self.physics = MujocoPhysics(self.model, task.substeps, differentiable, task.own_integrator)
+            differentiator = differentiable if derivative == "diffsim" else None
+            self.physics = MujocoPhysics(self.model, task.substeps, differentiator, task.own_integrator)
         else:
             self.physics = differentiable()
         low, high = (t.clamp(-1e9, 1e9) for t in (self.model.ctrl_low, self.model.ctrl_high))

@@ -76,6 +76,25 @@ class RunArgs:
     """record the final policy as video.mp4 in the run folder"""
 
 
+@dataclass
+class PhysicsArgs(RunArgs):
+    """And of those that differentiate through physics."""
+
+    physics: Literal["diffsim", "mujoco", "gymnasium"] | None = None
+    """engine that runs the task; None: the task's own"""
+    derivative: Literal["diffsim", "mujoco"] = "diffsim"
+    """whose gradient physics mujoco has: diffsim's at MuJoCo's states, or MuJoCo's by finite differences (slower)"""
+    stiffness: Rate | None = None
+    """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; None: 2.4, and 0.6 with physics mujoco"""
+    smoothing: Rate | None = None
+    """width of their smoothing, as a multiple of diffsim.Softness's; None: 1, and 3 with physics mujoco"""
+
+    def engine(self) -> dict:
+        """Arguments of diffsim.make."""
+        names = ("physics", "derivative", "stiffness", "smoothing", "device", "compile")
+        return {name: getattr(self, name) for name in names}
+
+
 def script() -> str:
     """Name of the file that runs: a fork has its own runs and checkpoints."""
     return Path(sys.argv[0]).stem

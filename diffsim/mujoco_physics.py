@@ -8,6 +8,10 @@ through diffsim's step from the same state and action:
 on the state's tangent, so that quaternions stay unit. Real states, a model's derivatives: the model-value gradient of
 model-based policy search (SVG: Heess et al. 2015, arXiv 1510.09142), with a simulator for the model. Song, Kim and
 Scaramuzza 2024, arXiv 2403.14864, aligned a simplified model of one quadruped with a simulator in this way.
+
+With `derivative="mujoco"` the derivative is MuJoCo's, too: the Jacobian of its control step by forward differences, for
+2 nv + nu more of its steps. It is exact where MuJoCo is smooth. At a contact's onset MuJoCo's forces jump, and what a
+difference makes of that depends on its width.
 """
 
 import os
@@ -26,20 +30,23 @@ class MujocoPhysics:
     """Batched MuJoCo, one control step a call, on all cores; differentiable through `differentiator`'s step.
 
     Uses the Euler integrator with implicit joint damping, at diffsim's own substep, or (`own_integrator`) the MJCF's.
+    Without a differentiator it is differentiable by differences of MuJoCo's own step, of a `width` in m or rad, per
+    second for velocities, and in units of control.
     """
 
     def __init__(
         self,
         model: Model,
         substeps: int,
-        differentiator: Callable,
+        differentiator: Callable | None,
         own_integrator: bool = False,
         num_threads: int | None = None,
+        width: float = 1e-6,
     ):
         self.mj_model = model.mj_model.__copy__()
         if not own_integrator:
             self.mj_model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
-        self.model, self.substeps = model, substeps
+        self.model, self.substeps, self.width = model, substeps, width
         self._make_differentiator, self._differentiator = differentiator, None
         threads = num_threads or os.cpu_count() or 1
         self.data = [mujoco.MjData(self.mj_model) for _ in range(threads)]
@@ -53,9 +60,11 @@ class MujocoPhysics:
 
         With a graph, the engines' disagreement in this step is left in `mismatch`.
         """
-        real = self.simulate(qpos, qvel, ctrl)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in (qpos, qvel, ctrl))):
-            return real
+            return self.simulate(qpos, qvel, ctrl)
+        if self._make_differentiator is None:
+            return Linearised.apply(qpos, qvel, ctrl, *self.linearise(qpos, qvel, ctrl))
+        real = self.simulate(qpos, qvel, ctrl)
         if self._differentiator is None:  # compiled only where gradients are wanted
             self._differentiator = self._make_differentiator()
         predicted = self._differentiator.step(qpos, qvel, ctrl)
@@ -73,6 +82,30 @@ class MujocoPhysics:
         trajectory, _ = self.pool.rollout(m, self.data, state, np.ascontiguousarray(control))
         last = torch.from_numpy(np.ascontiguousarray(trajectory[:, -1].T)).to(qpos)
         return last[1 : 1 + m.nq].contiguous(), last[1 + m.nq : 1 + m.nq + m.nv].contiguous()
+
+    @torch.no_grad()
+    def linearise(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The next qpos and qvel, their Jacobian (2 nv + nu, nq + nv, B), and the motions (nv, nq, B) of qpos in it.
+
+        Those are the dofs', as quaternions stay unit; a control stays within its range.
+        """
+        nv, nu, high = self.model.nv, self.model.nu, self.model.ctrl_high.double()
+        state = qpos.double(), qvel.double(), ctrl.double()
+        real, directions, rows = torch.cat(self.simulate(*state)), motions(self.model, state[0]), []
+        for i in range(2 * nv + nu):
+            (q, v, u), width = (x.clone() for x in state), self.width
+            if i < nv:
+                q += width * directions[i]
+                for row in quaternion_rows(self.model):
+                    q[row : row + 4] /= q[row : row + 4].norm(dim=0)
+            elif i < 2 * nv:
+                v[i - nv] += width
+            else:
+                j = i - 2 * nv
+                width = torch.where(u[j] + width > high[j], -width, width)
+                u[j] += width
+            rows.append((torch.cat(self.simulate(q, v, u)) - real) / width)
+        return *real.to(qpos).split([self.model.nq, nv]), torch.stack(rows).to(qpos), directions.to(qpos)
 
 
 class Mismatch:
@@ -132,3 +165,36 @@ class RealValue(torch.autograd.Function):
             rotation = torch.einsum("ijb,ib->jb", _body_axes(real[q]), grad_qpos[q])
             grad_qpos[q] = torch.einsum("ijb,jb->ib", _body_axes(predicted[q]), rotation)
         return grad_qpos, grad_qvel, None, None, None
+
+
+def motions(model: Model, qpos: Tensor) -> Tensor:
+    """Rates of the coordinates at unit velocity of each dof, (nv, nq, B): mj_integratePos to first order."""
+    m, (nq, batch) = model.mj_model, qpos.shape
+    rates = qpos.new_zeros(m.nv, nq, batch)
+    for q, dof, kind in zip(m.jnt_qposadr, m.jnt_dofadr, m.jnt_type):
+        linear = {0: 3, 1: 0}.get(int(kind), 1)
+        rates[range(dof, dof + linear), range(q, q + linear)] = 1
+        if kind <= 1:
+            q, dof = q + linear, dof + linear
+            rates[dof : dof + 3, q : q + 4] = _body_axes(qpos[q : q + 4]).transpose(0, 1) / 2
+    return rates
+
+
+class Linearised(torch.autograd.Function):
+    """The real state, with the gradient that its Jacobian gives."""
+
+    @staticmethod
+    def forward(ctx, qpos, qvel, ctrl, new_qpos, new_qvel, jacobian, directions):
+        ctx.save_for_backward(jacobian, directions)
+        return new_qpos, new_qvel
+
+    @staticmethod
+    def backward(ctx, grad_qpos, grad_qvel):
+        if torch.is_grad_enabled():
+            raise RuntimeError("MuJoCo's step is differentiable once: no create_graph=True, no Hessian through it")
+        jacobian, directions = ctx.saved_tensors
+        nv, gradient = len(directions), torch.cat([grad_qpos, grad_qvel])
+        rows = torch.einsum("kib,ib->kb", jacobian, gradient)
+        of_dofs, of_qvel, of_ctrl = rows[:nv], rows[nv : 2 * nv], rows[2 * nv :]
+        dual = directions / directions.square().sum(1, keepdim=True)  # a quaternion's motions are half as long
+        return torch.einsum("kib,kb->ib", dual, of_dofs), of_qvel, of_ctrl, None, None, None, None

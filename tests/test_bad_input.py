@@ -89,6 +89,8 @@ shac.py --stiffness inf | --stiffness is inf
 shac.py --smoothing 0 | --smoothing is 0
 shac.py --smoothing -2 | --smoothing is -2
 shac.py --physics bullet | bullet.*--physics
+shac.py --derivative mujoco | derivative mujoco is of MuJoCo's step: use physics mujoco, not diffsim
+shac.py --derivative newton | newton.*--derivative
 shac.py --physics gymnasium | ant is no Gymnasium environment|has no gradient
 shac.py --physics | --physics
 shac.py --env Hopper-v5 --physics gymnasium | has no gradient
@@ -284,6 +286,8 @@ make("ant", None) | num_envs
 make("ant", True) | num_envs
 make("ant", 10**13, compile=False) | num_envs
 make("ant", physics="bullet") | unknown physics 'bullet'
+make("ant", derivative="mujoco") | use physics mujoco, not diffsim
+make("ant", physics="mujoco", derivative=None) | unknown derivative
 make("ant", physics=3) | unknown physics
 make("ant", physics="gymnasium") | ant is no Gymnasium environment
 make("ant", device="tpu") | unknown device 'tpu'

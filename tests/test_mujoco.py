@@ -1,5 +1,7 @@
 """MuJoCo's physics with diffsim's derivatives: the value is MuJoCo's, the gradient diffsim's at the same state."""
 
+import copy
+
 import gymnasium
 import mujoco
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.mujoco_physics import RealValue
+from diffsim.mujoco_physics import MujocoPhysics, RealValue, motions
+from diffsim.physics import DiffsimPhysics
 from diffsim.play import playback_env
 from tests import TINY, WINDOWS, rows, run_script, the_run
 
@@ -122,7 +125,68 @@ def test_a_script_trains_on_mujoco_and_logs_the_mismatch(script, tmp_path):
     assert (saved["args"]["physics"], saved["args"]["smoothing"]) == ("mujoco", 3)
 
 
-TWINS = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"]
+TWINS = ["Ant-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Humanoid-v5"]
+
+
+# --- MuJoCo's own derivative --------------------------------------------------------------------------------------
+FLYING = """<mujoco><option timestep="0.005"/><default><geom size="0.1" contype="0"/><joint damping="0.2"/></default>
+<worldbody><body><freejoint/><geom type="box" size="0.1 0.2 0.3"/><body pos="0 0 0.3"><joint type="ball"/>
+<geom pos="0.1 0 0.2"/><body pos="0 0 0.3"><joint name="j" axis="1 1 0" stiffness="3"/><geom pos="0 0.2 0.1"/></body>
+</body></body></worldbody><actuator><motor joint="j" ctrlrange="-1 1" gear="3"/></actuator></mujoco>"""
+
+
+def test_without_contacts_the_engines_have_the_same_derivative():
+    """Where MuJoCo and diffsim move alike; a control at either end of its range has a slope, too."""
+    model = diffsim.load_model(FLYING, dtype=torch.float64)
+    shapes, found = ((model.nq, 3), (model.nv, 3)), []
+    qpos, qvel = (torch.randn(shape).double() for shape in shapes)
+    for row in (3, 7):
+        qpos[row : row + 4] /= qpos[row : row + 4].norm(dim=0)
+    start = [x.requires_grad_() for x in (qpos, qvel, torch.tensor([[-1.0, 0.3, 1.0]]).double())]
+    cotangents = [torch.randn(shape).double() for shape in shapes]
+    for differentiator in (lambda: DiffsimPhysics(model, 4, 3, compile=False), None):
+        end = MujocoPhysics(model, 4, differentiator).step(*start)
+        of_qpos, *others = torch.autograd.grad(end, start, cotangents)
+        of_dofs = torch.einsum("kib,ib->kb", motions(model, qpos.detach()), of_qpos)
+        found.append(torch.cat([of_dofs, *others]))
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hopper", "Ant-v5"])
+def test_a_windows_gradient_is_mujocos(name):
+    """With feet on the ground, against central differences of the window's return."""
+    env = landed(name, derivative="mujoco")
+    start = env.get_state()
+    actions = (torch.rand(5, 3, env.model.nu).double() - 0.5).requires_grad_()
+
+    def returns(actions):
+        env.set_state(start)
+        return sum(env.step(action)[1] for action in actions)
+
+    (gradient,) = torch.autograd.grad(returns(actions).sum(), actions)
+    direction = torch.randn_like(actions)
+    with torch.no_grad():
+        difference = (returns(actions + 1e-6 * direction) - returns(actions - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((gradient * direction).sum((0, 2)), difference, rtol=1e-3, atol=1e-4)
+
+
+def test_mujocos_derivative_is_the_first():
+    env = diffsim.make("hopper", 1, physics="mujoco", derivative="mujoco")  # needs nothing compiled
+    _, reward, *_ = env.step(action := torch.zeros(1, 3, requires_grad=True))
+    assert env.diagnostics() == {}
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(reward.sum(), action, create_graph=True)
+
+
+def where(reference) -> float:
+    """x of Gymnasium's robot at its qpos, of its centre of mass if it is the humanoid."""
+    robot, data = reference.unwrapped.model, reference.unwrapped.data
+    if reference.spec.id != "Humanoid-v5":
+        return data.qpos[0]
+    data = copy.copy(data)
+    mujoco.mj_kinematics(robot, data)
+    return robot.body_mass @ data.xipos[:, 0] / robot.body_mass.sum()
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -130,23 +194,23 @@ def test_a_twin_is_gymnasiums_environment(name):
     env = diffsim.make(name, 1, physics="mujoco", dtype=torch.float64)
     env.reset(seed=1)
     kwargs = dict(env.task.gymnasium_kwargs)
-    if name == "Ant-v5":
+    if name in ("Ant-v5", "Humanoid-v5"):
         kwargs["contact_cost_weight"] = 0.0
     reference = gymnasium.make(name, **kwargs)
     reference.reset(seed=0)
     assert reference.unwrapped.dt == pytest.approx(env.control_dt)
     rng = np.random.default_rng(0)
     ended = False
-    for _ in range(300):
+    for _ in range(100):
         reference.unwrapped.set_state(env.qpos[:, 0].numpy(), env.qvel[:, 0].numpy())
         action = rng.uniform(-1, 1, env.model.nu)
         with torch.no_grad():
             _, reward, terminated, _, info = env.step(torch.from_numpy(action)[None])
-        x_before = reference.unwrapped.data.qpos[0]
-        obs, expected, ends, _, parts = reference.step(action)
-        if name == "Ant-v5":  # the speed of qpos, not of the body's position, which lags behind it
-            speed = (reference.unwrapped.data.qpos[0] - x_before) / env.control_dt
-            expected += speed - parts["reward_forward"]
+        before = where(reference)
+        obs, expected, ends, _, parts = reference.step(action * reference.action_space.high)
+        if "contact_cost_weight" in kwargs:  # the speed of where qpos is, not of body positions, which lag behind it
+            speed = (where(reference) - before) / env.control_dt
+            expected += reference.unwrapped._forward_reward_weight * speed - parts["reward_forward"]
         np.testing.assert_allclose(info["final_obs"][0], obs, rtol=1e-6, atol=1e-6)
         assert float(reward[0]) == pytest.approx(float(expected), abs=1e-6) and bool(terminated[0]) == ends
         ended |= ends
@@ -155,10 +219,11 @@ def test_a_twin_is_gymnasiums_environment(name):
     assert obs.shape == (1, reference.observation_space.shape[0])
 
 
-def test_gymnasiums_ant_has_the_observations_of_its_twin():
+def test_gymnasiums_robots_have_the_observations_of_their_twins():
     """Without contact forces, whether it is trained on or played."""
-    for env in (diffsim.make("Ant-v5", physics="gymnasium"), playback_env("Ant-v5", 1, "gymnasium")):
-        assert env.single_observation_space.shape == (27,)
+    for name, size in (("Ant-v5", 27), ("Humanoid-v5", 45)):
+        for env in (diffsim.make(name, physics="gymnasium"), playback_env(name, 1, "gymnasium")):
+            assert env.single_observation_space.shape == (size,)
 
 
 def test_the_engine_of_a_task_is_its_own_unless_asked_otherwise():

@@ -5,11 +5,12 @@ import runpy
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import diffsim
 import rpo_diffsim as rpo
-from tests import TINY, command_line, rows
+from tests import TINY, WINDOWS, command_line, rows
 from tests.test_shac import learned
 
 
@@ -141,10 +142,10 @@ def test_proposition_1_on_a_linear_quadratic_problem():
         assert error < 0.01 and abs(float(ours - exact)) < 4 * error
 
 
-def after_run(tmp_path, *flags) -> dict:
+def after_run(tmp_path, *flags, script="rpo_diffsim.py") -> dict:
     """What the script's names stand for at the end of its run."""
-    with command_line("rpo_diffsim.py", *TINY, *flags, "--run-dir", tmp_path):
-        return runpy.run_path("rpo_diffsim.py", run_name="__main__")
+    with command_line(script, *TINY, *flags, "--run-dir", tmp_path):
+        return runpy.run_path(script, run_name="__main__")
 
 
 def test_kl_and_share_inside_are_those_after_the_last_update(tmp_path):
@@ -255,6 +256,23 @@ def test_no_sample_counts_more_than_its_bound(tmp_path):
     flags = "--env cartpole --num-envs 8 --total-timesteps 16 --normalize-action-gradients --max-action-grad-norm 0.8"
     norms = after_run(tmp_path, *flags.split())["g"].norm(dim=1)
     assert float(norms.max()) == pytest.approx(0.8, rel=1e-5) and float(norms.min()) < 0.79
+
+
+@pytest.mark.parametrize("script", WINDOWS)
+def test_the_averaged_policy_is_the_one_that_is_kept(script, tmp_path):
+    """One update of it is between the first policy (nearly all kept) and the last (nothing kept)."""
+    first, last, between = (
+        after_run(
+            tmp_path / keep, *f"--env cartpole --total-timesteps 4 --policy-average {keep}".split(), script=script
+        )
+        for keep in ("0.999999999", "0", "0.25")
+    )
+    old, new = (nn.utils.parameters_to_vector(run["average"].parameters()) for run in (first, last))
+    assert torch.equal(new, nn.utils.parameters_to_vector(last["policy"].parameters())) and not torch.allclose(old, new)
+    average = nn.utils.parameters_to_vector(between["average"].parameters())
+    torch.testing.assert_close(average, 0.25 * old + 0.75 * new)
+    assert between["run"].policy is between["average"]
+    torch.testing.assert_close(between["average"].normalizer.mean, between["normalizer"].mean)
 
 
 def test_rpo_learns(arm, tmp_path):

@@ -163,10 +163,10 @@ COMMON = dict(
     eval_every=6, eval_episodes=2, eval_physics=True, max_grad_norm=0.4, entropy_coef=0.2,
 )  # fmt: skip
 THROUGH_PHYSICS = dict(
-    activation="silu",
+    activation="silu", derivative="mujoco",
     stiffness=1.2, smoothing=2.0, stagger=False, horizon=2, actor_learning_rate=1e-4, critic_learning_rate=2e-3,
     min_learning_rate=1e-6, learning_rate_decay="exponential", weight_decay=0.01, adam_betas=(0.8, 0.9),
-    score_share=0.3, gae_lambda=0.8, normalize_returns=True,
+    score_share=0.3, gae_lambda=0.8, normalize_returns=True, policy_average=0.3,
     target_alpha=0.4, num_critics=3, critic_epochs=2, critic_minibatches=2, state_dependent_std=True,
 )  # fmt: skip
 GIVEN = {

@@ -19,6 +19,7 @@ NAMES = list(diffsim.TASKS)
 SIZES = dict(cartpole=(5, 1), hopper=(11, 3), cheetah=(17, 6), walker=(17, 6), ant=(37, 8))
 SIZES |= dict(anymal=(49, 12), humanoid=(76, 21))
 SIZES |= {"Ant-v5": (27, 8), "Hopper-v5": (11, 3), "HalfCheetah-v5": (17, 6), "Walker2d-v5": (17, 6)}
+SIZES |= {"Humanoid-v5": (45, 17)}
 
 
 def make(name, num_envs=2, physics="diffsim", **kwargs):
@@ -75,6 +76,8 @@ def test_both_engines_observe_and_reward_a_state_alike(name):
         ("HalfCheetah-v5", {0: 1.0}, {0: 0.9}, {}, -0.1 / 0.05 - 0.1 * 6 * 0.25),
         ("Walker2d-v5", {}, {1: 1.2, 2: 1.1}, {}, -1e-3 * 6 * 0.25),  # leans too far
         ("Ant-v5", {0: 0.0}, {0: 0.2, 2: 0.5}, {}, 0.2 / 0.05 + 1 - 0.5 * 8 * 0.25),
+        ("Humanoid-v5", {0: 1.0}, {0: 1.03}, {}, 1.25 * 0.03 / 0.015 + 5 - 0.1 * 17 * 0.2**2),
+        ("Humanoid-v5", {}, {2: 0.99}, {}, -0.1 * 17 * 0.2**2),  # too low to be healthy
     ],
 )
 def test_reward_of_a_twins_transition_computed_by_hand(name, before, qpos, qvel, expected):

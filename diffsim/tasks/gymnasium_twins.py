@@ -1,20 +1,27 @@
-"""Ant-v5, Hopper-v5, HalfCheetah-v5, Walker2d-v5: Gymnasium's bodies, observations, rewards, ends, timing, integrator.
+"""Gymnasium's Ant, Hopper, HalfCheetah, Walker2d and Humanoid: bodies, observations, rewards, ends, timing, integrator.
 
 They run on MuJoCo's physics unless told otherwise, so the thing optimised is the thing evaluated (`--physics gymnasium`
 runs `gymnasium.make` itself).
-Ant's contact forces are left out: of its observation (Gymnasium's include_cfrc_ext_in_observation=False) and, at most
-0.039 a step, of its reward; its speed is that of qpos, where Gymnasium's is of the body's last computed position, which
-lags by a part of a substep. Source of the definitions: the environments' documentation, gymnasium.farama.org.
+Contact forces are left out: of Ant's and Humanoid's observations (include_cfrc_ext_in_observation=False) and rewards
+(of Ant's at most 0.039 a step; of Humanoid's at most 10, in a fall). Humanoid observes qpos and qvel alone, without
+what Gymnasium computes from them (cinert, cvel) or from the action (qfrc_actuator). Ant's speed is that of qpos,
+Humanoid's that of the centre of mass at qpos: Gymnasium takes the last computed positions, which lag by a part of a
+substep. Source of the definitions: the environments' documentation, gymnasium.farama.org.
 """
+
+import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from diffsim.builder import SelfCollisionWarning, load_model
+from diffsim.kinematics import forward_kinematics, split
 from diffsim.tasks.base import GYMNASIUM_ASSETS, Task, uniform
 
 
 class GymnasiumTwin(Task):
-    """What the four share: a reward for the distance of a step, for being healthy, and a cost of control."""
+    """What they share: a reward for the distance of a step, for being healthy, and a cost of control."""
 
     physics = "mujoco"
     own_integrator = True
@@ -23,8 +30,8 @@ class GymnasiumTwin(Task):
     gymnasium_kwargs: dict = {}  # of gymnasium.make
     frame_skip: int
     timestep: float
-    healthy_reward = 0.0
-    ctrl_cost: float
+    healthy_reward, forward_reward = 0.0, 1.0
+    ctrl_cost: float  # of actions in [-1, 1]
     noise: float
     normal_speed_noise = False
     first = 1  # position coordinates that are not observed
@@ -50,9 +57,13 @@ class GymnasiumTwin(Task):
         return torch.cat([qpos[self.first :], qvel.clamp(-self.max_speed, self.max_speed)])
 
     def transition_reward(self, before, qpos, qvel, action):
-        speed = (qpos[0] - before[0]) / self.control_dt
+        speed = (self.x(qpos) - self.x(before)) / self.control_dt
         healthy = self.healthy_reward * self.healthy(qpos, qvel)
-        return speed + healthy - self.ctrl_cost * action.square().sum(0)
+        return self.forward_reward * speed + healthy - self.ctrl_cost * action.square().sum(0)
+
+    def x(self, qpos: Tensor) -> Tensor:
+        """Where it is on its way (B,), m."""
+        return qpos[0]
 
     def healthy(self, qpos: Tensor, qvel: Tensor) -> Tensor:
         return torch.ones(qpos.shape[1], dtype=torch.bool, device=qpos.device)
@@ -101,3 +112,30 @@ class Walker2dV5(GymnasiumTwin):
 
     def healthy(self, qpos, qvel):
         return (qpos[1] > 0.8) & (qpos[1] < 2.0) & (qpos[2].abs() < 1.0)
+
+
+class HumanoidV5(GymnasiumTwin):
+    xml = GYMNASIUM_ASSETS / "humanoid.xml"
+    gymnasium_kwargs = {f"include_{x}_in_observation": False for x in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
+    frame_skip, timestep = 5, 0.003
+    healthy_reward, forward_reward = 5.0, 1.25
+    ctrl_cost = 0.1 * 0.4**2  # Gymnasium's is of controls, which are in [-0.4, 0.4]
+    noise = 1e-2
+    first = 2
+
+    def x(self, qpos):
+        """Of the centre of mass."""
+        body = _body(self.xml, qpos.device, qpos.dtype)
+        parts = zip(body.groups, forward_kinematics(body, split(qpos, body.qpos_rows)))
+        links = [(g.mass, (frame.pos + frame.rot @ g.com).x) for g, frame in parts if g.has_mass]  # about the root
+        return qpos[0] + sum((mass * x).sum(0) for mass, x in links) / sum(mass.sum() for mass, _ in links)
+
+    def healthy(self, qpos, qvel):
+        return (qpos[2] > 1.0) & (qpos[2] < 2.0)
+
+
+@cache
+def _body(xml, device, dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SelfCollisionWarning)
+        return load_model(xml, device=device, dtype=dtype)
