@@ -153,7 +153,8 @@ def trained(monkeypatch, tmp_path):
         return run_folder(tmp_path / f"{job['run']}-{len(started)}", len(started))
 
     monkeypatch.setattr(train, "train", fake)
-    monkeypatch.setattr(train, "replay", lambda folder: dict(return_mujoco=12.5, falls=3))
+    monkeypatch.setattr(train, "load_policy", lambda folder: (None, "ant"))
+    monkeypatch.setattr(train, "replay", lambda policy, env: dict(return_mujoco=12.5, falls=3))
     return started
 
 
