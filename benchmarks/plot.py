@@ -130,7 +130,7 @@ def draw_opponents(path: Path):
             color = f"C{ALGORITHMS.index(name)}"
             axis.plot(grid, ys.mean(0), color=color, label=f"{name} ({len(seeds)})")
             axis.fill_between(grid, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
-        axis.set(title=env, xlabel="minutes on one core", xlim=(0, None))
+        axis.set(title=env, xlabel="minutes", xlim=(0, None))
         axis.legend(fontsize=7)
     figure.supylabel("return of the deterministic policy", fontsize="medium")
     figure.savefig(path, dpi=100)

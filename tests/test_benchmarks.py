@@ -152,6 +152,12 @@ def test_plot_draws_the_runs_of_a_user(tmp_path):
     assert width > 300 and height > 300
 
 
+def test_plot_draws_rpo_against_its_opponents(tmp_path):
+    plot.draw_opponents(tmp_path / "opponents.png")
+    height, width, _ = plot.plt.imread(tmp_path / "opponents.png").shape
+    assert width > 1000 and height > 200
+
+
 def test_plot_says_in_a_line_where_it_cannot_write(tmp_path):
     curve = plot.pd.DataFrame(dict(global_step=[1, 2], wall_time_s=[1, 2], episodic_return=[0.0, 1.0]))
     for path in (tmp_path / "no" / "a.png", tmp_path / "a.xyz"):
