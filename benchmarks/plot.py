@@ -1,6 +1,6 @@
 """Draw the READMEs' figures from the committed results, or a user's own runs (return against steps and minutes).
 
-    python benchmarks/plot.py                                  # results.png, mujoco.png, gradients.png
+    python benchmarks/plot.py                                  # results.png, mujoco.png, opponents.png, gradients.png
     python benchmarks/plot.py runs/ant__* --out mine.png
 
 Runs that differ in their seed are one curve: mean and range.
@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from tables import ALGORITHMS, ESTIMATORS, HERE, IN_DIFFSIM, ON_MUJOCO, load_curves, load_probes, load_runs
+from load import ALGORITHMS, ESTIMATORS, HERE, latest_ppo, load_curves, load_probes, load_runs
+from tables import AGAINST, IN_DIFFSIM, ON_MUJOCO
 
 plt.switch_backend("Agg")
 plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3}
@@ -52,7 +53,7 @@ def draw(panels: Panels, path: Path):
 
 
 def committed(which: str, *envs: str) -> Panels:
-    runs, panels = load_runs().query(which), defaultdict(dict)
+    runs, panels = latest_ppo(load_runs().query(which)), defaultdict(dict)
     for (env, algorithm), group in runs[runs.env.isin(envs)].groupby(["env", "algorithm"], sort=False):
         panels[env][algorithm] = [load_curves()[run] for run in group.run]
     return panels
@@ -115,12 +116,33 @@ def draw_gradients(path: Path):
     figure.savefig(path, dpi=100)
 
 
+def draw_opponents(path: Path):
+    """Evaluations against minutes, a panel a task of Gymnasium's: mean and range of the seeds."""
+    runs = load_runs().query(f"{AGAINST} and tag in ['', 'sac', 'crossq']")
+    tasks = list(runs.groupby("env", sort=False))
+    figure, axes = plt.subplots(1, n := len(tasks), figsize=(3.6 * n + 0.6, 3.2), squeeze=False, layout="constrained")
+    for axis, (env, of_env) in zip(axes[0], tasks):
+        for name, group in of_env.groupby("algorithm", sort=False):
+            seeds = [load_curves()[run].dropna(subset="eval_return") for run in group.run]
+            minutes = [seed.wall_time_s / 60 for seed in seeds]
+            grid = np.linspace(max(x.min() for x in minutes), max(x.max() for x in minutes), 300)
+            ys = np.stack([np.interp(grid, x, seed.eval_return) for x, seed in zip(minutes, seeds)])
+            color = f"C{ALGORITHMS.index(name)}"
+            axis.plot(grid, ys.mean(0), color=color, label=f"{name} ({len(seeds)})")
+            axis.fill_between(grid, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
+        axis.set(title=env, xlabel="minutes", xlim=(0, None))
+        axis.legend(fontsize=7)
+    figure.supylabel("return of the deterministic policy", fontsize="medium")
+    figure.savefig(path, dpi=100)
+
+
 def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), out: Path = Path("runs.png")):
     """Draw these run folders into --out, or without any the READMEs' figures."""
     if folders:
         return draw(of_user(folders), out)
     draw(committed(IN_DIFFSIM, "ant", "anymal", "humanoid"), HERE / "results.png")
     draw(committed(ON_MUJOCO, "ant", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), HERE / "mujoco.png")
+    draw_opponents(HERE / "opponents.png")
     draw_gradients(HERE / "gradients.png")
 
 

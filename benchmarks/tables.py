@@ -7,70 +7,47 @@ with one line, if a table is not what the CSVs say.
 import re
 import signal
 import sys
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 __name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import numpy as np
 import pandas as pd
+from load import (
+    ALGORITHMS,
+    ESTIMATORS,
+    HERE,
+    evaluation_at,
+    iqm,
+    latest_ppo,
+    load_curves,
+    load_probes,
+    load_runs,
+    lowest_after_1m,
+)  # fmt: skip
 
-HERE = Path(__file__).parent
 READMES = [HERE.parent / "README.md", HERE / "README.md"]
-ALGORITHMS = ["RPO", "SHAC", "SAPO", "PPO", "RP-PGM"]
-ESTIMATORS = dict(dp="DP (FMG)", dr="DR (MVG)", lr="LR (FMG)", mfg="score function (MFG)", true="through the simulator")
-DRAWS = 32  # of 64 samples each, in a probe
 PPO = ["", "mujoco", "gymnasium", "30k"]  # tags of its ordinary runs
 VARIANT = ["env", "physics", "algorithm", "flags", "trial"]  # runs that differ in nothing but their seed
-
-
-# --- the CSVs -----------------------------------------------------------------------------------------------------
-@cache
-def load_runs() -> pd.DataFrame:
-    """runs.csv, diffsim's tasks before Gymnasium's, algorithms in the order of ALGORITHMS."""
-    text = dict.fromkeys(("run", "env", "script", "algorithm", "tag", "physics", "flags", "commit", "versions"), str)
-    runs = pd.read_csv(HERE / "runs.csv", dtype=text | {"eval_episodes": "Int64", "falls": "Int64"})
-    rank = runs.algorithm.map({name: i for i, name in enumerate(ALGORITHMS)})
-    runs = runs.fillna({name: "" for name in text}).assign(rank=rank)
-    runs = runs.assign(gymnasium=runs.env.str.contains("-v"), mujoco=runs.physics != "diffsim")
-    runs["trial"] = runs.tag.where(runs.seed > 100, "")  # some differ by their commit alone
-    return runs.sort_values(["gymnasium", "env", "mujoco", "rank", "steps", "tag", "seed"], ignore_index=True)
-
-
-@cache
-def load_curves() -> dict[str, pd.DataFrame]:
-    """curves.csv.gz by run."""
-    return dict(tuple(pd.read_csv(HERE / "curves.csv.gz").groupby("run", sort=False)))
-
-
-def load_probes() -> pd.DataFrame:
-    """By env, spectral normalisation, estimator and h: geometric mean of the variance over the probes; medians of bias
-    and of one draw's standard deviation, in units of the true gradient's norm.
-
-    The norm of a mean of DRAWS draws contains their noise. It is taken off; where nothing is left, these are nan.
-    """
-    probes = pd.read_csv(HERE / "probes.csv").merge(load_runs()[["run", "env", "flags"]], on="run")
-    at = ["run", "global_step", "h"]
-    noise = probes[probes.estimator == "true"].set_index(at).variance / DRAWS
-    square = probes.true_norm**2 - probes.join(noise.rename("noise"), on=at).noise
-    norm = np.sqrt(square.where(square > 0))
-    probes["bias"] /= norm
-    probes["deviation"] = np.sqrt(probes.variance) / norm
-    probes["spectral_norm"] = np.where(probes["flags"].str.contains("--no-spectral-norm"), "no", "yes")
-    probes["estimator"] = pd.Categorical(probes.estimator, ESTIMATORS)
-    groups = probes.groupby(["env", "spectral_norm", "estimator", "h"], observed=True)
-    summary = groups[["bias", "deviation"]].agg(lambda x: x.median(skipna=False)).assign(probes=groups.size())
-    summary["variance"] = groups.variance.agg(lambda x: np.exp(np.log(x).mean()))
-    return summary.reset_index().sort_values(["env", "spectral_norm"], ascending=[True, False])
 
 
 # --- cells --------------------------------------------------------------------------------------------------------
 def spread(values, digits: int = 0) -> str:
     """median [min, max]; of a single run, its number; of none, nothing"""
-    values = pd.Series(values, dtype=float).dropna()
+    values = pd.Series(list(values), dtype=float).dropna()
     if len(values) < 2:
         return "".join(f"{x:,.{digits}f}" for x in values)
     return f"{values.median():,.{digits}f} [{values.min():,.{digits}f}, {values.max():,.{digits}f}]"
+
+
+def after(group: pd.DataFrame, key: str, spent: float) -> str:
+    """Interquartile mean of the runs' evaluations when `key` came to `spent`, and its 95 % interval."""
+    values = [x for x in (evaluation_at(run, key, spent) for run in group.run) if x == x]
+    return "{:,.0f} [{:,.0f}, {:,.0f}]".format(*iqm(values)) if len(values) > 1 else spread(values)
+
+
+def minutes_of_rpo(env: str) -> float:
+    return load_runs().query(f"{AGAINST} and algorithm == 'RPO' and env == '{env}'").minutes.median()
 
 
 def both_worst(group: pd.DataFrame, name: str, scale: float, digits: int) -> str:
@@ -85,7 +62,8 @@ def evaluations(run: str) -> list[float]:
 
 def setting(group: pd.DataFrame) -> str:
     """The flags that make a variant: not its engine, budget and evaluations."""
-    flags = re.sub(r"--(physics|total-timesteps|eval-every) \S+ ?", "", group["flags"].iloc[0]).strip()
+    own = r"--(physics|total-timesteps|eval-every|algorithm|minutes|evaluations) \S+ ?"
+    flags = re.sub(own, "", group["flags"].iloc[0]).strip()
     return "near the paper's" if group.tag.iloc[0] == "paper" else f"`{flags}`" if flags else "defaults"
 
 
@@ -93,7 +71,7 @@ def ppo_after(group: pd.DataFrame, key: str, spent: float) -> str:
     """PPO's return while training, on the same engine, when its curve's `key` came to what a variant spent."""
     engine = "==" if group.physics.iloc[0] == "diffsim" else "!="
     same = f"script == 'ppo_baseline' and env == '{group.env.iloc[0]}' and physics {engine} 'diffsim'"
-    curves = (load_curves()[run] for run in load_runs().query(f"{same} and tag in {PPO}").run)
+    curves = (load_curves()[run] for run in latest_ppo(load_runs().query(f"{same} and tag in {PPO}")).run)
     return spread([np.interp(spent, c[key], c.episodic_return) for c in curves])
 
 
@@ -121,6 +99,9 @@ COLUMNS = {
     "noise at the end": lambda g: spread(g["std"], 2),
     "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
     "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
+    "at RPO's minutes": lambda g: after(g, "wall_time_s", 60 * minutes_of_rpo(g.env.iloc[0])),
+    "at 1M steps": lambda g: after(g, "global_step", 1e6),
+    "lowest after 1M / median": lambda g: spread(map(lowest_after_1m, g.run), 2),
     "PPO in these steps": lambda g: ppo_after(g, "global_step", g.steps.median()),
     "PPO in these minutes": lambda g: ppo_after(g, "wall_time_s", 60 * g.minutes.median()),
 }
@@ -140,7 +121,7 @@ def by_variant(which: str, columns: str) -> str:
 
 def by_algorithm(which: str) -> str:
     """One row a task of the runs of a query, with the returns of every algorithm and RPO's steps and minutes."""
-    runs, rows = load_runs().query(which), []
+    runs, rows = latest_ppo(load_runs().query(which)), []
     names = [name for name in ALGORITHMS if name in set(runs.algorithm)]
     for env, task in runs.groupby("env", sort=False):
         parts = [task[task.algorithm == name] for name in names]
@@ -185,15 +166,22 @@ def throughput() -> str:
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
 ON_MUJOCO = "physics != 'diffsim' and tag in ['', 'mujoco', 'gymnasium'] and algorithm != 'RP-PGM'"
+AGAINST = (  # on Gymnasium's tasks: RPO, PPO on the batched twin, and SBX
+    "(script == 'opponents' or physics == 'mujoco' and gymnasium and algorithm in ['RPO', 'PPO'] and tag == '')"
+)
 RPO_ON_ANT = "env == 'ant' and algorithm == 'RPO' and physics == 'diffsim'"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant
     "paper": (f"{RPO_ON_ANT} and tag in ['', 'paper']", "setting, steps, seeds, return, minutes, noise at the end"),
     "learning": (IN_DIFFSIM, f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
-    "mujoco": (ON_MUJOCO, f"{BASIC}, 10 more episodes, falls in 64, return of 64"),
+    "opponents": (
+        AGAINST,
+        "task, algorithm, setting, seeds, steps, minutes, at RPO's minutes, at 1M steps, lowest after 1M / median",
+    ),
+    "mujoco": (ON_MUJOCO, f"{BASIC}, engine, 10 more episodes, falls in 64, return of 64"),
     "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9]+M') and tag != '1M'", f"{BASIC}, engine, on MuJoCo"),
     "equal_time": (
-        f"({IN_DIFFSIM} or {ON_MUJOCO}) and algorithm in ['RPO', 'SHAC'] and env != 'Ant-v5'",  # PPO was not run there
+        f"({IN_DIFFSIM} or {ON_MUJOCO}) and algorithm in ['RPO', 'SHAC']",
         "task, engine, algorithm, steps, minutes, while training, PPO in these steps, PPO in these minutes",
     ),
     "ablation": (

@@ -84,9 +84,8 @@ def train(job: dict) -> Path | None:
     return next((p.parent for p in folder.glob("*/policy.pt2")), None) if done.returncode == 0 else None
 
 
-def replay(folder: Path) -> dict:
-    """What the final policy does on every engine that has the task."""
-    policy, env = load_policy(folder)
+def replay(policy, env: str) -> dict:
+    """What a final policy does on every engine that has the task."""
     row: dict[str, float] = {}
     for physics in ("gymnasium",) if is_gymnasium_id(env) else ("diffsim", "mujoco"):
         played = rollout(playback_env(env, EPISODES, physics), policy, EPISODES)
@@ -120,7 +119,7 @@ def measured(folder: Path) -> tuple[dict, pd.DataFrame]:
         eval_episodes=args["eval_episodes"], kl=metrics.kl.median(), inside_clip=metrics.inside_clip.mean(),
         std=last["std"],
     )  # fmt: skip
-    return row | replay(folder), metrics[CURVES].iloc[np.union1d(even, evaluated)]
+    return row | replay(*load_policy(folder)), metrics[CURVES].iloc[np.union1d(even, evaluated)]
 
 
 # --- the results --------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import os
 import re
 import shutil
 import sys
+from fnmatch import fnmatch
 from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,8 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import load  # noqa: E402
+import opponents  # noqa: E402
 import plot  # noqa: E402
 import tables  # noqa: E402
 import train  # noqa: E402
@@ -80,9 +84,48 @@ def test_every_run_is_in_a_table(runs):
 
 def test_benchmarks_stay_small():
     files = [path for path in BENCHMARKS.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert len(files) <= 15
+    assert len(files) <= 17
+    assert max(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 250
     assert sum(path.stat().st_size for path in files) <= 3e6
-    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 800
+    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 1050
+
+
+# --- several runs -------------------------------------------------------------------------------------------------
+def test_interquartile_mean_and_its_interval():
+    centre, low, high = load.iqm([1.0, 2, 3, 4, 5, 6, 7, 800])
+    assert centre == 4.5 and low < centre < high == pytest.approx(205, abs=205) and low >= 1
+    assert load.iqm([1.0, 2, 3, 4, 5, 6, 7, 800]) == (centre, low, high)
+    assert load.iqm([1.0, 2, 6])[0] == 3  # of three, their mean
+    assert load.iqm([7.0]) == (7, 7, 7)
+    assert load.iqm([0.0, 0, 0], [1.0, 1, 1]) == (0.5, 0.5, 0.5)  # each task keeps its share of every draw
+    low, high = load.iqm(np.random.default_rng(1).normal(10, 1, 400))[1:]
+    assert high - low == pytest.approx(2 * 1.96 * 1.1 / 20, rel=0.2)  # 1.1: the IQM's deviation by the mean's
+
+
+@pytest.fixture
+def a_curve(monkeypatch):
+    steps = 1e6 * np.array([0.25, 0.5, 0.995, 1.5, 2])
+    evaluations = [nan, 100.0, 400, 300, 40]
+    curve = pd.DataFrame(dict(global_step=steps, wall_time_s=steps / 1e4, eval_return=evaluations))
+    monkeypatch.setattr(load, "load_curves", lambda: dict(long=curve, short=curve[:2]))
+
+
+def test_evaluation_after_so_many_steps_or_minutes(a_curve):
+    at = load.evaluation_at
+    assert at("long", "global_step", 747_500) == 250 and at("long", "wall_time_s", 200) == 40
+    assert np.isnan(at("long", "global_step", 4e5))  # before the first evaluation
+    assert np.isnan(at("short", "global_step", 1e6)) and at("short", "wall_time_s", 9e9) == 100
+    assert np.isnan(at("long", "wall_time_s", nan))
+
+
+def test_lowest_evaluation_shows_a_collapse(a_curve):
+    assert load.lowest_after_1m("long") == 40 / 300  # of 400, 300 and 40
+    assert np.isnan(load.lowest_after_1m("short"))
+
+
+def test_ppo_on_the_twin_stands_before_that_on_gymnasium():
+    rows = [("a", "PPO", "gymnasium"), ("a", "PPO", "mujoco"), ("a", "RPO", "gymnasium"), ("b", "PPO", "gymnasium")]
+    assert load.latest_ppo(pd.DataFrame(rows, columns=["env", "algorithm", "physics"])).index.tolist() == [1, 2, 3]
 
 
 # --- plots --------------------------------------------------------------------------------------------------------
@@ -107,6 +150,12 @@ def test_plot_draws_the_runs_of_a_user(tmp_path):
     plot.main(tuple(folders), tmp_path / "mine.png")
     height, width, _ = plot.plt.imread(tmp_path / "mine.png").shape
     assert width > 300 and height > 300
+
+
+def test_plot_draws_rpo_against_its_opponents(tmp_path):
+    plot.draw_opponents(tmp_path / "opponents.png")
+    height, width, _ = plot.plt.imread(tmp_path / "opponents.png").shape
+    assert width > 1000 and height > 200
 
 
 def test_plot_says_in_a_line_where_it_cannot_write(tmp_path):
@@ -153,7 +202,8 @@ def trained(monkeypatch, tmp_path):
         return run_folder(tmp_path / f"{job['run']}-{len(started)}", len(started))
 
     monkeypatch.setattr(train, "train", fake)
-    monkeypatch.setattr(train, "replay", lambda folder: dict(return_mujoco=12.5, falls=3))
+    monkeypatch.setattr(train, "load_policy", lambda folder: (None, "ant"))
+    monkeypatch.setattr(train, "replay", lambda policy, env: dict(return_mujoco=12.5, falls=3))
     return started
 
 
@@ -198,3 +248,88 @@ def test_train_goes_on_after_a_run_that_failed(trained, monkeypatch, tmp_path, c
         train.main(train.Args(seeds=(1, 2), results=tmp_path))
     assert "ant__shac__1: failed" in capsys.readouterr().out
     assert list(pd.read_csv(tmp_path / "runs.csv").run) == ["ant__shac__2"]
+
+
+# --- opponents.py -------------------------------------------------------------------------------------------------
+class FakeSAC:
+    """As much of SBX's as opponents.py uses."""
+
+    def __init__(self, policy, env, seed, **flags):
+        self.env, self.flags, self.num_timesteps, self.ep_info_buffer = env, flags, 0, []
+
+    def learn(self, steps, reset_num_timesteps):
+        assert 0 < steps <= 250 and not reset_num_timesteps
+        self.num_timesteps += steps
+        self.ep_info_buffer.append(dict(r=self.num_timesteps))
+
+    def predict(self, obs, deterministic):
+        assert deterministic and obs.shape == (64, 11)
+        return np.full((64, 3), 0.5, np.float32), None
+
+
+@pytest.fixture
+def unbound(monkeypatch):
+    """The tests' own process stays on all cores."""
+    monkeypatch.setattr(opponents.os, "sched_setaffinity", lambda pid, cores: None, raising=False)
+
+
+def test_opponents_write_rows_as_train_does(unbound, monkeypatch, tmp_path, capsys):
+    def evaluated(env, policy, episodes):
+        assert env.num_envs == episodes == 64 and policy(env.reset(seed=0)[0]).shape == (64, 3)
+        return torch.full((64,), 7.0)
+
+    monkeypatch.setitem(sys.modules, "sbx", SimpleNamespace(SAC=FakeSAC))
+    monkeypatch.setattr(opponents, "evaluate", evaluated)
+    monkeypatch.setattr(opponents, "version", lambda name: "1.2")
+    monkeypatch.setattr(train, "replay", lambda policy, env: dict(return_gymnasium=12.5, falls=3))
+    args = opponents.Args(env="Hopper-v5", seed=4, total_timesteps=600, results=tmp_path)
+    opponents.main(args)
+    row, curve = pd.read_csv(tmp_path / "runs.csv").iloc[0], pd.read_csv(tmp_path / "curves.csv.gz")
+    assert (row.run, row.tag, row.algorithm) == ("Hopper-v5__opponents-sac__4", "sac", "SAC (SBX)")
+    assert (row["flags"], row.physics) == ("--algorithm SAC --total-timesteps 600", "gymnasium")
+    assert row.versions == "torch 1.2 mujoco 1.2 sbx-rl 1.2 jax 1.2"
+    assert (row.steps, row.eval_return, row.eval_episodes, row.falls) == (600, 7, 64, 3)
+    assert list(curve) == ["run", *train.CURVES] and curve.wall_time_s.iloc[-1] == pytest.approx(60 * row.minutes, 1e-2)
+    before = (tmp_path / "runs.csv").read_bytes()
+    opponents.main(args)
+    assert (tmp_path / "runs.csv").read_bytes() == before and "--again replaces it" in capsys.readouterr().out
+
+
+def test_evaluations_do_not_count_as_minutes(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(opponents, "time", SimpleNamespace(time=lambda: clock[0]))
+
+    class Model(FakeSAC):
+        def learn(self, *steps, **how):
+            super().learn(*steps, **how)
+            clock[0] += 5  # seconds
+
+    def evaluation():
+        clock[0] += 1000
+        return 1.0
+
+    curve = opponents.learn(Model("", None, 1), evaluation, opponents.Args(minutes=1, evaluations=3), start=90.0)
+    assert curve.wall_time_s.tolist() == [20, 40, 60] and curve.global_step.tolist() == [500, 1500, 2500]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(), "opponents.py: SBX is not installed (*): pip install sbx-rl"),
+        (dict(env="ant"), "opponents.py: --env is ant; there is *Hopper-v5*"),
+        (dict(minutes=0.0), "opponents.py: --minutes is 0.0; it must be above 0*"),
+    ],
+)
+def test_opponents_refuse_in_one_line(flags, said, unbound, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "sbx", None)  # not installed
+    monkeypatch.setattr(sys, "argv", ["benchmarks/opponents.py"])
+    with pytest.raises(SystemExit) as stopped:
+        opponents.main(opponents.Args(results=tmp_path, **flags))
+    line = capsys.readouterr().err.rstrip("\n")
+    assert stopped.value.code == 2 and fnmatch(line, said) and "\n" not in line, line
+
+
+def test_a_core_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        opponents.main(opponents.Args(core=100_000, results=tmp_path))
+    assert "cannot bind a run to that core" in capsys.readouterr().err

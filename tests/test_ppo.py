@@ -88,10 +88,14 @@ def test_on_a_gymnasium_environment(tmp_path):
     assert "does not run on MuJoCo: no video" in play(run, "--video", tmp_path / "v.mp4", expect=2).stderr
 
 
-def test_cleanrls_settings_on_gymnasium():
-    for physics, num_envs in (("gymnasium", 1), ("mujoco", 256)):
+def test_settings_on_gymnasium_are_cleanrls_and_on_mujoco_its_own():
+    wanted = dict(gymnasium=(1, 1_000_000, 0.0, 10), mujoco=(64, 8_000_000, -1.0, 64))
+    for physics, expected in wanted.items():
         with command_line("ppo_baseline.py", "--env", "Hopper-v5", "--physics", physics):
-            assert parse(ppo.Args, ppo.DEFAULTS).num_envs == num_envs
+            args = parse(ppo.Args, ppo.DEFAULTS)
+        assert (args.num_envs, args.total_timesteps, args.log_std_init, args.eval_episodes) == expected
+    with command_line("ppo_baseline.py", "--env", "Ant-v5"):
+        assert parse(ppo.Args, ppo.DEFAULTS).physics == "mujoco"
 
 
 def test_a_policy_of_gymnasiums_ant_plays_on_every_engine(tmp_path):
