@@ -71,7 +71,7 @@ class Args(PhysicsArgs):
     action_gradient_lambda: Fraction = 1.0
     """lambda of the returns R in dR/du, as GI-PPO has it: lower leans on the critics' slope, and varies less; 1: RPO"""
     normalize_action_gradients: bool = False
-    """divide a window's dR/du by their root mean square"""
+    """divide a window's dR/du by the root of their median square"""
     max_action_grad_norm: Norm = float("inf")
     """then scale those of a sample down to this norm: none outshouts the rest where contacts are stiff"""
     score_share: Weight = 0.0
@@ -329,7 +329,7 @@ if __name__ == "__main__":
         g = torch.where(nonfinite, 0.0, g).flatten(0, 1)  # (H N, act_dim)
         g_norm = g.norm(dim=-1).mean()
         if args.normalize_action_gradients:
-            g = g / g.square().mean().sqrt().clamp_min(1e-30)
+            g = g / g.square().mean(-1).median().sqrt().clamp_min(1e-30)  # a mean follows the largest
         g = g * (args.max_action_grad_norm / g.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp(max=1.0)
         window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
         inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
