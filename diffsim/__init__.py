@@ -82,7 +82,7 @@ def make(
         if kind != "cpu":
             raise ValueError(f"Gymnasium's environments run on the cpu, not on {device}")
         twin = TASKS.get(task)
-        return GymnasiumEnv(task, num_envs, seed, **(twin.gymnasium_kwargs if twin else {}))
+        return GymnasiumEnv(task, num_envs, seed, twin is not None, **(twin.gymnasium_kwargs if twin else {}))
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"unknown device '{device}'; use cpu or cuda")
     if isinstance(task, str):

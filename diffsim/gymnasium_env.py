@@ -5,6 +5,7 @@ import mujoco
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import RescaleAction
 from torch import Tensor
 
 from diffsim import memory
@@ -29,15 +30,18 @@ def as_action(action, shape: tuple[int, ...], device: torch.device | str, dtype:
 class GymnasiumEnv:
     """`num_envs` copies of `gymnasium.make(name, **kwargs)` with Box spaces, reset in the step that ends an episode.
 
-    Actions are clipped to the action space. `info` is that of `DiffEnv.step`. Raises ValueError, one line, for an
-    environment that cannot be made or has other spaces.
+    Actions are clipped to the action space, which `unit_actions` makes [-1, 1], as a twin's is. `info` is that of
+    `DiffEnv.step`. Raises ValueError, one line, for an environment that cannot be made or has other spaces.
     """
 
-    def __init__(self, name: str, num_envs: int = 1, seed: int = 0, **kwargs):
+    def __init__(self, name: str, num_envs: int = 1, seed: int = 0, unit_actions: bool = False, **kwargs):
         memory.check(num_envs, 100_000)
         mujoco.set_mju_user_warning(lambda message: None)  # what is deprecated in its files is Gymnasium's business
         try:
-            makers = [lambda: gymnasium.make(name, **kwargs)] * num_envs
+            rescaled = (
+                (lambda env: RescaleAction(env, np.float32(-1), np.float32(1))) if unit_actions else (lambda env: env)
+            )
+            makers = [lambda: rescaled(gymnasium.make(name, **kwargs))] * num_envs
             self.envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
         except (gymnasium.error.Error, ImportError) as e:
             raise ValueError(f"env '{name}': Gymnasium cannot make it: {' '.join(str(e).split())}") from None

@@ -219,11 +219,18 @@ def test_a_twin_is_gymnasiums_environment(name):
     assert obs.shape == (1, reference.observation_space.shape[0])
 
 
-def test_gymnasiums_robots_have_the_observations_of_their_twins():
-    """Without contact forces, whether it is trained on or played."""
+def test_gymnasiums_robots_have_the_observations_and_actions_of_their_twins():
+    """Without contact forces, actions in [-1, 1], whether it is trained on or played."""
     for name, size in (("Ant-v5", 27), ("Humanoid-v5", 45)):
         for env in (diffsim.make(name, physics="gymnasium"), playback_env(name, 1, "gymnasium")):
             assert env.single_observation_space.shape == (size,)
+            assert (env.single_action_space.high == 1).all()
+    env.reset(seed=3)
+    reference = gymnasium.make("Humanoid-v5", **diffsim.TASKS["Humanoid-v5"].gymnasium_kwargs)
+    reference.reset(seed=3)
+    action = torch.linspace(-1, 1, 17)[None]
+    obs, expected = env.step(action)[4]["final_obs"][0], reference.step(0.4 * action[0].numpy())[0]
+    np.testing.assert_allclose(obs, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_engine_of_a_task_is_its_own_unless_asked_otherwise():
