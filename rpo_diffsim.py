@@ -9,6 +9,7 @@
 With one epoch this is SHAC: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper; CleanRL's RPO is another.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
+    python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
