@@ -21,7 +21,9 @@ td_lambda with lam = 1 (0 after a fall, V after a time limit), and the sums end 
   the same with lambda 1, which is unbiased, ends included: a second opinion on the truth.
 
 Windows of one environment follow each other, so errors are those of a mean over environments, and the bootstrap draws
-environments. "cosine" is between the means over all windows, "cosine_batch" the mean cosine of one iteration's windows.
+environments. Columns of truth.csv: deviation of a window and error of the mean are roots of the covariance's trace;
+cosine is between the means over all windows, cosine_still that to "still", cosine_batch the mean cosine of one
+iteration's windows to the truth; bias is the distance to the truth by the truth's norm, both less what noise adds.
 """
 
 import signal
