@@ -183,7 +183,8 @@ def truth() -> str:
     ]
     for _, group in measured.groupby(order, sort=False):
         g = group.iloc[0]
-        shares = [f"{100 * x:.1f} %" for x in (g.fell, g.by_moved, g.truth_error / g.truth_norm)]
+        shares = [f"{100 * g.fell:.1f} %", f"{100 * g.by_moved:.0f} ± {100 * g.by_moved_error:.0f} %"]
+        shares.append(f"{100 * g.truth_error / g.truth_norm:.0f} %")
         cells = group.set_index("estimator").cell[names]
         rows.append([g.env, g.physics, f"{g.global_step / 1e3:.0f}k", *shares, *cells])
     return markdown(["task", "engine", "steps", "windows with a fall", "by moved ends", "truth's error", *names], rows)
