@@ -175,7 +175,7 @@ def bias() -> str:
 
 def truth() -> str:
     """Of RPO's gradient: cosine of an estimator and the truth, standard deviation of a window by the truth's norm."""
-    names = ["lambda 1", "lambda 0.9", "lambda 0.7", "lambda 0", "lambda 1 bounded", "score"]
+    names = ["lambda 1", "lambda 0.9", "lambda 0.7", "lambda 0", "lambda 1 bounded", "lambda 0.9 bounded", "score"]
     order, rows = ["physics", "env", "global_step", "run"], []
     measured = pd.read_csv(HERE / "truth.csv").sort_values(order, ascending=[False, True, True, True])
     measured["cell"] = [
