@@ -154,6 +154,24 @@ def bias() -> str:
     return markdown(["bias / deviation", *(f"h = {h}" for h in sorted(known.h.unique()))], rows)
 
 
+def truth() -> str:
+    """Of RPO's gradient: cosine of an estimator and the truth, standard deviation of a window by the truth's norm."""
+    names = ["lambda 1", "lambda 0.9", "lambda 0.7", "lambda 0", "lambda 1 bounded", "lambda 0.9 bounded", "score"]
+    order, rows = ["physics", "env", "global_step", "run"], []
+    measured = pd.read_csv(HERE / "truth.csv").sort_values(order, ascending=[False, True, True, True])
+    measured["truth_norm"] = measured.truth_norm.replace(0, np.nan)  # nothing is left of it beside its noise
+    measured["cell"] = [
+        f"{g.cosine:.2f} ± {g.cosine_error:.2f} / {g.deviation / g.truth_norm:.1f}" for g in measured.itertuples()
+    ]
+    for _, group in measured.groupby(order, sort=False):
+        g = group.iloc[0]
+        shares = [f"{100 * g.fell:.1f} %", f"{100 * g.by_moved:.0f} ± {100 * g.by_moved_error:.0f} %"]
+        shares.append(f"{100 * g.truth_error / g.truth_norm:.0f} %" if g.truth_norm > 0 else "unresolved")
+        cells = group.set_index("estimator").cell[names].str.replace("nan", "-")
+        rows.append([g.env, g.physics, f"{g.global_step / 1e3:.0f}k", *shares, *cells])
+    return markdown(["task", "engine", "steps", "windows with a fall", "by moved ends", "truth's error", *names], rows)
+
+
 def throughput() -> str:
     speeds = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).drop(columns="horizon")
     speeds = speeds.sort_values(["env", "compiled", "threads", "batch"], ascending=[True, False, True, True])
@@ -200,7 +218,7 @@ VARIANTS = {  # tables of by_variant
 }
 TABLES = {name: partial(by_variant, *what) for name, what in VARIANTS.items()}
 TABLES |= dict(results=partial(by_algorithm, IN_DIFFSIM), results_mujoco=partial(by_algorithm, ON_MUJOCO))
-TABLES |= dict(variance=variance, bias=bias, throughput=throughput)
+TABLES |= dict(variance=variance, bias=bias, truth=truth, throughput=throughput)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -174,13 +174,13 @@ def fits(value, hint) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def of_checkpoint(Args, flag: str, path: str):
+def of_checkpoint(Args, flag: str, path: str, by: str | None = None):
     """The arguments of the run that left a checkpoint. Those of another version end the program with one line."""
-    args = load(path, flag)["args"]
+    args = load(path, flag, by)["args"]
     hints = get_type_hints(Args, include_extras=True)
     if not isinstance(args, dict) or set(args) != set(hints):
         differ = ", ".join(map(str, set(args) ^ set(hints))) if isinstance(args, dict) else "no flags"
-        fail(f"{flag} {path}: a checkpoint of another version of {script()}.py ({differ})")
+        fail(f"{flag} {path}: a checkpoint of another version of {by or script()}.py ({differ})")
     if wrong := [name for name, hint in hints.items() if not fits(args[name], hint)]:
         fail(f"{flag} {path}: not a readable checkpoint ({wrong[0]} is {args[wrong[0]]!r})")
     return Args(**args)
@@ -231,8 +231,8 @@ def run_folder(path: str) -> Path:
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
-def load(path: str, flag: str = "--resume") -> dict:
-    """The checkpoint.pt of a run folder. Whatever else is there ends the program with one line."""
+def load(path: str, flag: str = "--resume", by: str | None = None) -> dict:
+    """The checkpoint.pt of a run folder, of this script or the one named. Else the program ends with one line."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
         if file.suffix == ".pt2":
@@ -242,11 +242,11 @@ def load(path: str, flag: str = "--resume") -> dict:
         checkpoint = torch.load(file, weights_only=True, map_location="cpu")
         if not isinstance(checkpoint, dict):
             raise TypeError
-        by, _ = checkpoint["script"], checkpoint["args"]
+        writer, _ = checkpoint["script"], checkpoint["args"]
     except FileNotFoundError:
         fail(f"{flag} {path}: no checkpoint.pt there")
     except Exception as e:
         fail(f"{flag} {file}: not a readable checkpoint ({type(e).__name__})")
-    if by != script():
-        fail(f"{flag} {path}: a checkpoint of {by}.py")
+    if writer != (by or script()):
+        fail(f"{flag} {path}: a checkpoint of {writer}.py")
     return checkpoint

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from fnmatch import fnmatch
 from math import nan
 from pathlib import Path
@@ -14,8 +15,14 @@ import pandas as pd
 import pytest
 import torch
 
+import diffsim
+import rpo_diffsim as rpo
+from diffsim.tasks import TASKS, Cartpole
+from tests import run_script
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import gradient_truth  # noqa: E402
 import load  # noqa: E402
 import opponents  # noqa: E402
 import plot  # noqa: E402
@@ -84,10 +91,10 @@ def test_every_run_is_in_a_table(runs):
 
 def test_benchmarks_stay_small():
     files = [path for path in BENCHMARKS.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert len(files) <= 17
+    assert len(files) <= 19
     assert max(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 250
     assert sum(path.stat().st_size for path in files) <= 3e6
-    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 1050
+    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 1300
 
 
 # --- several runs -------------------------------------------------------------------------------------------------
@@ -128,8 +135,99 @@ def test_ppo_on_the_twin_stands_before_that_on_gymnasium():
     assert load.latest_ppo(pd.DataFrame(rows, columns=["env", "algorithm", "physics"])).index.tolist() == [1, 2, 3]
 
 
+# --- gradient_truth.py --------------------------------------------------------------------------------------------
+class Ledge(Cartpole):
+    """A cart that is faster than EDGE fell off."""
+
+    EDGE, substeps = 0.05, 1
+
+    def terminated(self, qpos, qvel):
+        return qvel[0] > self.EDGE
+
+    def reward(self, qpos, qvel, action):
+        return 1 + 0.1 * qvel[0]
+
+
+def rpo_checkpoint(folder: Path, monkeypatch, num_envs: int = 8, **flags) -> Path:
+    """What RPO leaves on Ledge before its first update, all carts at rest. Time limits end some episodes, too."""
+    monkeypatch.setitem(TASKS, "ledge", Ledge)
+    args = dict(env="ledge", physics="diffsim", num_envs=num_envs, horizon=4, actor_hidden=(8,), critic_hidden=(8,))
+    args = rpo.Args(**args | dict(max_action_grad_norm=0.5) | flags)
+    env = diffsim.make("ledge", num_envs, physics="diffsim", compile=False)
+    env.reset(options=dict(stagger=True))
+    state = env.get_state()
+    state |= {name: torch.zeros_like(state[name]) for name in ("qpos", "qvel")}
+    parts = dict(actor=rpo.Actor(5, 1, args), target_critic=rpo.Critics(5, args), normalizer=rpo.Normalizer(5))
+    checkpoint = {name: part.state_dict() for name, part in parts.items()} | dict(script="rpo_diffsim", env=state)
+    folder.mkdir(exist_ok=True)
+    torch.save(checkpoint | dict(args=asdict(args), iteration=3, global_step=12 * num_envs), folder / "checkpoint.pt")
+    return folder
+
+
+def estimates(folder: Path, delta: float):
+    lab = gradient_truth.Lab(str(folder), "float64", compile=False)
+    return lab.draw(delta)
+
+
+def test_the_gradient_is_the_difference_of_windows_where_episodes_end_alike(monkeypatch, tmp_path):
+    found, happened = estimates(rpo_checkpoint(tmp_path, monkeypatch, 256), delta=1e-3)
+    assert 0.2 < happened["fell"].double().mean() < happened["ended"].double().mean() < 0.8
+    same = ~happened["moved"]
+    assert 0 < int((~same).sum()) < 16  # a step so small hardly moves an end; it counts for much
+    torch.testing.assert_close(found["lambda 1"][same], found["truth"][same], rtol=1e-4, atol=1e-5)
+    assert (found["lambda 1"] - found["truth"])[~same].abs().max() > 100
+    assert not found["still"][~same].any() and torch.equal(found["still"][same], found["truth"][same])
+    assert not torch.allclose(found["lambda 0.9"], found["lambda 1"], rtol=0.01)
+
+
+def test_lambda_0_is_the_limit_and_a_bound_bounds(monkeypatch, tmp_path):
+    folder = rpo_checkpoint(tmp_path, monkeypatch)
+    monkeypatch.setattr(gradient_truth, "LAMBDAS", (0.0, 1e-4))
+    monkeypatch.setattr(gradient_truth, "BOUND", 1e-3)
+    found, _ = estimates(folder, delta=0.05)
+    torch.testing.assert_close(found["lambda 0"], found["lambda 0.0001"], rtol=1e-3, atol=1e-6)
+    assert found["lambda 0"].abs().max() > 4.1e-3 > found["lambda 0 bounded"].abs().max()
+
+
+def test_ends_that_move_are_the_score_functions_to_see(monkeypatch, tmp_path):
+    found, _ = estimates(rpo_checkpoint(tmp_path, monkeypatch, 512), delta=0.05)
+    rows = {row["estimator"]: row for row in gradient_truth.summary({name: x[None] for name, x in found.items()})}
+    truth, score, cached = rows["truth"], rows["score 1"], rows["lambda 1"]
+    assert float(truth["mean"]) < -8 * truth["error"]  # who speeds up falls
+    assert abs(float(score["mean"]) - float(truth["mean"])) < 4 * (truth["error"] ** 2 + score["error"] ** 2) ** 0.5
+    assert float(cached["mean"]) > 20 * cached["error"] and cached["cosine"] == -1 and cached["bias"] > 1
+    assert truth["by_moved"] == pytest.approx(1, abs=0.1) and score["cosine"] == 1 and score["bias"] < 0.3
+
+
+def test_truth_adds_rows_in_place_of_those_of_the_same_checkpoint(monkeypatch, tmp_path):
+    folder, others = rpo_checkpoint(tmp_path / "a", monkeypatch), rpo_checkpoint(tmp_path / "b", monkeypatch, gamma=0.9)
+    flags = "--draws", "1", "--no-compile", "--results", tmp_path
+    for given in ((folder, others), (folder / "checkpoint.pt",)):
+        run_script("benchmarks/gradient_truth.py", *given, *flags)
+    rows = pd.read_csv(tmp_path / "truth.csv")
+    assert len(rows) == 2 * (4 + 2 * len(gradient_truth.LAMBDAS)) and not rows.duplicated(["run", "estimator"]).any()
+    first, second = sorted(rows.run.unique(), key=len)
+    assert first == second.replace("--gamma 0.9 ", "") != second
+    assert "rpo_diffsim.py --env ledge --physics diffsim --seed 1" in first and first.endswith(" --stop-after 3")
+    assert (rows.windows == 8).all() and rows.cosine.between(-1.001, 1.001).all()
+
+
+def test_truth_of_what_is_no_run_of_rpo_is_one_line(monkeypatch, tmp_path, refused):
+    def said(run):
+        return refused("benchmarks/gradient_truth.py", run, "--no-compile", "--results", tmp_path / "results")
+
+    assert "no checkpoint.pt there" in said(tmp_path / "nowhere")
+    assert "a checkpoint of shac.py" in said(run_folder(tmp_path / "shac"))
+    assert "unknown env 'antt'" in said(rpo_checkpoint(tmp_path / "a", monkeypatch, env="antt"))
+    assert "if you trust that file" in said(rpo_checkpoint(tmp_path / "b", monkeypatch, env="my.py:Task"))
+    assert "too few" in said(rpo_checkpoint(tmp_path / "c", monkeypatch, 2))
+    assert "another version" in said(run_folder(tmp_path / "d", script="rpo_diffsim"))
+    assert "name run folders" in refused("benchmarks/gradient_truth.py")
+    assert not (tmp_path / "results").exists()
+
+
 # --- plots --------------------------------------------------------------------------------------------------------
-def run_folder(path: Path, seed=1, rows=300, **flags) -> Path:
+def run_folder(path: Path, seed=1, rows=300, script="shac", **flags) -> Path:
     """What a script leaves, without training."""
     path.mkdir(parents=True)
     steps = 64 * np.arange(1, rows + 1)
@@ -137,7 +235,7 @@ def run_folder(path: Path, seed=1, rows=300, **flags) -> Path:
     metrics |= dict(eval_return=np.where(np.arange(rows) % 100 == 99, 2.0 * steps, nan), approx_kl=0.5, std=0.25)
     pd.DataFrame(metrics).to_csv(path / "metrics.csv", index=False)
     args = dict(env="ant", seed=seed, physics="diffsim", eval_episodes=64, run_dir=str(path.parent)) | flags
-    torch.save(dict(script="shac", args=args), path / "checkpoint.pt")
+    torch.save(dict(script=script, args=args), path / "checkpoint.pt")
     return path
 
 
