@@ -85,6 +85,8 @@ class Args(RunArgs):
     """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
+    policy_average: Decay = 0.0
+    """share of the averaged policy, which is evaluated and exported, that is kept at each update; 0: the last policy"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
@@ -301,11 +303,12 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic)
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
+    average = copy.deepcopy(policy)
     settings = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
     actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
     run.restore(
-        policy, env, actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer,
+        average, env, average=average, actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
@@ -385,7 +388,10 @@ if __name__ == "__main__":
         with torch.no_grad():
             for slow, fast in zip(target_critic.parameters(), critic.parameters()):
                 slow.lerp_(fast, 1 - args.target_alpha)
+            for slow, fast in zip(average.parameters(), policy.parameters()):
+                slow.lerp_(fast, 1 - args.policy_average)
         normalizer.update(window["obs"].flatten(0, 1))
+        average.normalizer.load_state_dict(normalizer.state_dict())
         run.lap("critic")
 
         # --- log and evaluate ------------------------------------------------------------------------------------
@@ -397,4 +403,5 @@ if __name__ == "__main__":
             "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
-            run.log(evaluator(policy))
+            raw = evaluator(policy)
+            run.log({"eval/raw": raw["eval/episodic_return"]} | evaluator(average))
