@@ -110,7 +110,7 @@ class Args(PhysicsArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_episodes=32)  # its gradient is noisier: smaller steps
-# Beyond the paper: dR/du that varies less, and PPO's gradient for falls, which it does not see.
+# Beyond the paper: dR/du that varies less, and PPO's gradient, whose variance stiff contacts do not raise.
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
 HOPPER = ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0)
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
@@ -348,7 +348,7 @@ if __name__ == "__main__":
             kl = kl_divergence(old, new).sum(-1).mean()  # eq. 12
             entropy = squashed_entropy(new, new.rsample()).mean()  # eq. 13
             policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
-            if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
+            if args.score_share:  # noisier at first, but stiff contacts do not raise its variance
                 score = ppo_surrogate(new, u, old_log_prob, advantage - advantage.mean()).mean()
                 if epoch == 0:
                     gradients = (grad(x, actor.parameters(), retain_graph=True) for x in (surrogate.mean(), score))

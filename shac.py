@@ -309,7 +309,7 @@ if __name__ == "__main__":
             old_log_prob = old.log_prob(u).sum(-1)
             targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
             advantage = targets - target_critic(inputs).mean(0) if args.score_share else None
-        if args.score_share:  # a fall has no derivative: the policy hears of it through the score function
+        if args.score_share:  # noisier at first, but stiff contacts do not raise its variance
             score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage - advantage.mean()).mean()
             gradients = [p.grad for p in actor.parameters()], grad(score, actor.parameters(), retain_graph=True)
             norm, score_norm = map(nn.utils.get_total_norm, gradients)
