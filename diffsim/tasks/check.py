@@ -46,7 +46,7 @@ def check_settings(task: Task):
         value = getattr(task, setting)
         if not (isinstance(value, Integral) and 1 <= value <= 2**31):
             raise ValueError(f"{name}.{setting} is {value!r}; it must be a whole number between 1 and 2^31")
-    for setting in ("own_integrator", "runs", "warn_of_self_collision"):
+    for setting in ("own_integrator", "runs", "collisions", "warn_of_self_collision"):
         if not isinstance(value := getattr(task, setting), bool):
             raise ValueError(f"{name}.{setting} is {value!r}; it must be True or False")
 
@@ -99,6 +99,11 @@ def check_methods(task: Task, model, differentiable: bool = False) -> int:
                 raise ValueError(f"{type(task).__name__}.{method} of one environment {text}")
             if method == "observe":
                 obs_dim = len(x)
+        renewed = call(task, "renew", qpos, qvel, generator)
+        if not isinstance(renewed, (tuple, list)) or len(renewed) != 2:
+            raise ValueError(f"{type(task).__name__}.renew must return two: qpos, qvel")
+        for x, rows in zip(renewed, (model.nq, model.nv)):
+            check(task, "renew", x, (rows, count), model, model.dtype)
     return obs_dim
 
 
