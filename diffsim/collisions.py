@@ -74,4 +74,5 @@ def _table(builder, other: int, swapped: bool, links: list[list]) -> Pairs:
     columns = [c.unsqueeze(-1) for c in torch.tensor(table, device=builder.device, dtype=builder.dtype).unbind(-1)]
     point, core, *axes, half = (Vec(*columns[c : c + 3]) for c in range(0, 18, 3))
     turned = abs(table[:, :, 6:15] - np.eye(3).flatten()).max() > 1e-12
+    core = core if table[:, :, 3:6].any() else None
     return Pairs(other, swapped, point, core, Mat(*axes) if turned else None, half, *columns[18:], index)

@@ -69,8 +69,8 @@ class Pairs:
     other: int  # group of the other body, which is free and has no links; -1: the world
     swapped: bool  # the spheres are the other's, the cores the links'
     point: Vec  # centre of the sphere, in its link's frame
-    core: Vec  # centre of the core, in its link's frame
-    axes: Mat | None  # of the core, in its link's frame; None: the same
+    core: Vec | None  # centre of the core, in its link's frame; None: its origin
+    axes: Mat | None  # of the core; None: the link's
     half: Vec
     radius: Tensor  # of the sphere, with the margin
     reach: Tensor  # distance of point and core at which the geoms touch

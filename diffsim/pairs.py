@@ -90,7 +90,8 @@ def pair_terms(
         shift = b_origin - origin
         b_pos = b_pos + shift  # about a's origin, as all that follows
     (s_pos, s_rot), (c_pos, c_rot) = ((b_pos, b_rot), (pos, rot)) if pairs.swapped else ((pos, rot), (b_pos, b_rot))
-    centre, core = s_pos + _turn(s_rot, pairs.point), c_pos + _turn(c_rot, pairs.core)
+    centre = s_pos + _turn(s_rot, pairs.point)
+    core = c_pos if pairs.core is None else c_pos + _turn(c_rot, pairs.core)
     axes = c_rot if pairs.axes is None else pairs.axes if c_rot is None else c_rot @ pairs.axes
     away = centre - core if axes is None else axes.transpose_times(centre - core)
     d = Vec(*(x - torch.clamp(x, -half, half) for x, half in zip(away, pairs.half)))  # from the core's closest point
