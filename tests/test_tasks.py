@@ -17,7 +17,7 @@ from tests import ROOT
 
 NAMES = list(diffsim.TASKS)
 SIZES = dict(cartpole=(5, 1), hopper=(11, 3), cheetah=(17, 6), walker=(17, 6), ant=(37, 8))
-SIZES |= dict(anymal=(49, 12), humanoid=(76, 21))
+SIZES |= dict(anymal=(49, 12), humanoid=(76, 21), push=(16, 2), hand=(72, 16))
 SIZES |= {"Ant-v5": (27, 8), "Hopper-v5": (11, 3), "HalfCheetah-v5": (17, 6), "Walker2d-v5": (17, 6)}
 
 

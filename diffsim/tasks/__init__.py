@@ -16,12 +16,13 @@ from diffsim.tasks.gymnasium_twins import AntV5, HalfCheetahV5, HopperV5, Walker
 from diffsim.tasks.hand import Hand
 from diffsim.tasks.hopper import Hopper
 from diffsim.tasks.humanoid import Humanoid
+from diffsim.tasks.push import Push
 from diffsim.tasks.walker import Walker
 
 TASKS: dict[str, type[Task]] = {
     "cartpole": Cartpole, "hopper": Hopper, "cheetah": Cheetah, "walker": Walker, "ant": Ant, "anymal": Anymal,
-    "humanoid": Humanoid, "hand": Hand, "Ant-v5": AntV5, "Hopper-v5": HopperV5, "HalfCheetah-v5": HalfCheetahV5,
-    "Walker2d-v5": Walker2dV5,
+    "humanoid": Humanoid, "push": Push, "hand": Hand, "Ant-v5": AntV5, "Hopper-v5": HopperV5,
+    "HalfCheetah-v5": HalfCheetahV5, "Walker2d-v5": Walker2dV5,
 }  # fmt: skip
 
 
