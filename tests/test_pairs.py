@@ -2,6 +2,7 @@
 
 import warnings
 
+import mujoco
 import pytest
 import torch
 
@@ -41,7 +42,7 @@ def load(xml, **kwargs):
 
 def scene(touching):
     """The scene with its bodies far away, with the ball at the cube, and all together."""
-    model = load(SCENE)
+    model = load(SCENE if touching else SCENE.replace("0 0 -.13", "0 0 -9"))
     qpos = torch.tensor(model.mj_model.qpos0)[:, None]
     rows = {"cube": [], "ball": []}
     for name in rows:
@@ -155,3 +156,67 @@ def test_friction_holds_to_its_cone():
         assert float(force[2]) == pytest.approx(10, rel=0.01)
         ratio = -float(force[0] / force[2])
         assert ratio == pytest.approx(0.4 if slides else push / 10, rel=0.02)
+
+
+def test_bodies_that_do_not_touch_move_as_in_mujoco():
+    model, qpos, qvel, _ = scene(0)
+    data = mujoco.MjData(model.mj_model)
+    data.qpos[:], data.qvel[:], data.ctrl[:] = qpos[:, 0], qvel[:, 0], 1.0
+    for _ in range(5):
+        mujoco.mj_step(model.mj_model, data)
+        assert data.ncon == 0
+        qpos, qvel = diffsim.step(model, qpos, qvel, torch.ones(1, 1).double())
+    assert relative(qpos[:, 0], data.qpos) < 1e-9 and relative(qvel[:, 0], data.qvel) < 1e-9
+
+
+def test_where_a_sphere_touches_is_where_mujoco_sees_it():
+    ball = FREE.format("ball", ".02 .03 {}", 1, 'size=".1"')
+    for other, height in ((BALL, 0.14), (ROD, 0.12), (CUBE, 0.155)):
+        model = load(WORLD.format(ball.format(height) + FREE.format("other", "0 0 0", 1, other), g=0, end=""))
+        data = mujoco.MjData(model.mj_model)
+        mujoco.mj_forward(model.mj_model, data)
+        qpos, qvel = torch.tensor(model.mj_model.qpos0)[:, None], torch.zeros(12, 1).double()
+        gap, force = contact_points(model, qpos, qvel)
+        assert data.ncon == 1 and float(gap) == pytest.approx(data.contact.dist[0], abs=1e-6)
+        normal = (force / force.norm())[:, 0, 0].numpy()
+        assert abs(normal @ data.contact.frame[0, :3]) == pytest.approx(1, abs=1e-6)
+
+
+def test_what_touches_and_what_is_left_out():
+    arms = "".join(
+        f'<body name="{n}" pos="{x} 0 0"><joint/><geom name="{n}" type="capsule" size=".1 .1"/></body>'
+        for n, x in (("left", 0), ("right", 1))
+    )
+    xml = WORLD.format(arms + FREE.format("rod", "2 0 0", 1, ROD) + FREE.format("ball", "3 0 0", 1, BALL), g=0, end="")
+    with pytest.warns(SelfCollisionWarning, match=r"ignored \(3 pairs, geom 'left' and geom 'right' first"):
+        model = diffsim.load_model(xml, collisions=True)  # of two links, and of two capsules twice
+    assert set(model.contact_names) == {"left on ball", "right on ball", "ball on rod"}
+    with pytest.warns(SelfCollisionWarning, match="6 pairs"):
+        assert diffsim.load_model(xml).contact_names == []
+    shelf = WORLD.format('<geom name="shelf" {}/>' + FREE.format("rod", "2 0 0", 1, ROD), g=0, end="")
+    assert set(load(shelf.format(CUBE)).contact_names) == {"rod on shelf"}
+    for fixed, kwargs, message in (
+        (CUBE, {}, "contact with the fixed geom 'shelf' is not supported by diffsim; only planes"),
+        (
+            ROD,
+            dict(collisions=True),
+            r"contact of geom 'rod' \(capsule\) and geom 'shelf' \(capsule\) is not supported",
+        ),
+        ('type="ellipsoid" size="1 1 1"', dict(collisions=True), r"geom 'shelf' \(ellipsoid\) is not supported"),
+        (CUBE + ' gap="1"', dict(collisions=True), "gap of geom 'shelf'"),
+    ):
+        with pytest.raises(diffsim.UnsupportedError, match=message):
+            diffsim.load_model(shelf.format(fixed), **kwargs)
+
+
+def test_the_hand_carries_the_weight_of_a_cube_at_rest():
+    model = diffsim.load_model(diffsim.TASKS["hand"].xml, dtype=torch.float64, timestep=0.01, collisions=True)
+    qpos, _ = diffsim.TASKS["hand"]().reset(model, 1, torch.Generator().manual_seed(0))
+    qpos[18] -= 0.035
+    qvel = torch.zeros(model.nv, 1).double()
+    for _ in range(70):
+        qpos, qvel = diffsim.step(model, qpos, qvel, torch.zeros(16, 1).double())
+    up = diffsim.contact_force(model, qpos, qvel)[2, :, 0]
+    on_cube = [-f if name.endswith("on cube") else f for name, f in zip(model.contact_names, up)]
+    assert float(sum(on_cube)) == pytest.approx(0.5 * 9.81, rel=0.01)
+    assert sum(f > 0.1 for f in on_cube) >= 3

@@ -70,12 +70,7 @@ def check_methods(task: Task, model, differentiable: bool = False) -> int:
         raise ValueError(f"{type(task).__name__}.xml has no actuator: there is nothing to act with")
     generator, obs_dim = torch.Generator(device=model.device).manual_seed(0), "obs_dim"
     for count in (2, 1):  # a reset may ignore its count, a squeeze may take a batch of one for no batch
-        drawn = call(task, "reset", model, count, generator)
-        if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
-            found = f"{len(drawn)} values" if isinstance(drawn, (tuple, list)) else f"a {type(drawn).__name__}"
-            raise ValueError(f"{type(task).__name__}.reset returned {found}, expected two: qpos, qvel")
-        for x, rows in zip(drawn, (model.nq, model.nv)):
-            check(task, "reset", x, (rows, count), model, model.dtype)
+        drawn = state(task, "reset", model, count, generator, model=model, count=count)
         arguments = dict(zip(("qpos", "qvel"), drawn), action=drawn[0].new_zeros(model.nu, count))
         arguments["action"].uniform_(-1, 1, generator=generator)
         arguments = {k: x.detach().requires_grad_(differentiable) for k, x in arguments.items()}
@@ -99,12 +94,19 @@ def check_methods(task: Task, model, differentiable: bool = False) -> int:
                 raise ValueError(f"{type(task).__name__}.{method} of one environment {text}")
             if method == "observe":
                 obs_dim = len(x)
-        renewed = call(task, "renew", qpos, qvel, generator)
-        if not isinstance(renewed, (tuple, list)) or len(renewed) != 2:
-            raise ValueError(f"{type(task).__name__}.renew must return two: qpos, qvel")
-        for x, rows in zip(renewed, (model.nq, model.nv)):
-            check(task, "renew", x, (rows, count), model, model.dtype)
+        state(task, "renew", qpos, qvel, generator, model=model, count=count)
     return obs_dim
+
+
+def state(task: Task, method: str, *args, model, count: int) -> tuple[Tensor, Tensor]:
+    """qpos, qvel that a method returned."""
+    found = call(task, method, *args)
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        what = f"{len(found)} values" if isinstance(found, (tuple, list)) else f"a {type(found).__name__}"
+        raise ValueError(f"{type(task).__name__}.{method} returned {what}, expected two: qpos, qvel")
+    for x, rows in zip(found, (model.nq, model.nv)):
+        check(task, method, x, (rows, count), model, model.dtype)
+    return found
 
 
 def close(a: Tensor, b: Tensor) -> bool:
