@@ -9,10 +9,18 @@ Featherstone, Rigid Body Dynamics Algorithms (RBDA), table 7.1 and equations 7.4
 His accelerations are our velocities after the substep, his forces our impulses; pA is minus the impulse on the body.
 His c is zero: it has gone into b. His transforms X are 1: all vectors of a tree have one origin and world axes. The
 diagonal is what acts on the joint itself: armature, damping and limits. The dofs of a joint are eliminated one by one.
+
+A free body o that links touch (pairs.py) is eliminated last. Until then a 6x6 matrix X takes its velocity to an impulse
+on the link, and what yields to a link yields to the body:
+
+    leaves to root    c = X^T S,  X -= U c^T/D, then to the parent;  IA_o -= c c^T/D,  pA_o += c u/D
+    root to leaves    x = (u - U^T a - c^T a_o) / D
+
+Several such bodies meet only here, X_op -= c_o c_p^T/D, and are solved for together, with the free roots of trees that
+touch them.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,31 +28,7 @@ from torch import Tensor
 from diffsim.forces import Terms
 from diffsim.kinematics import Frame, Grouped, from_parent, to_parent
 from diffsim.model import Model
-from diffsim.spatial import Mat, Spatial, Sym, Vec
-
-
-class Inertia(NamedTuple):
-    """A symmetric 6x6 matrix [[rot, cross], [cross^T, lin]]; cross by columns."""
-
-    rot: Sym
-    cross: Mat
-    lin: Sym
-
-    def __matmul__(self, s: Spatial) -> Spatial:
-        return Spatial(self.rot @ s.ang + self.cross @ s.lin, self.cross.transpose_times(s.ang) + self.lin @ s.lin)
-
-    def __add__(self, o):
-        cross = Mat(*(a + b for a, b in zip(self.cross, o.cross)))
-        return Inertia(self.rot + o.rot, cross, self.lin + o.lin)
-
-    def minus_outer(self, p: Spatial, q: Spatial):
-        """self - p q^T, where q is a multiple of p."""
-        (p_ang, p_lin), (q_ang, q_lin) = p, q
-        columns = (column - p_ang * q_i for column, q_i in zip(self.cross, q_lin))
-        return Inertia(self.rot.minus_outer(p_ang, q_ang), Mat(*columns), self.lin.minus_outer(p_lin, q_lin))
-
-    def map(self, f):
-        return Inertia(Sym(*map(f, self.rot)), self.cross.map(f), Sym(*map(f, self.lin)))
+from diffsim.spatial import Coupling, Inertia, Mat, Spatial, Sym, Vec
 
 
 @dataclass
@@ -53,29 +37,45 @@ class ArticulatedBody:
 
     IA: Inertia | None
     pA: Spatial | None
-    eliminated: list[tuple[Spatial, Spatial, Tensor]] = field(default_factory=list)  # S, U/D, u/D: last dof first
+    X: dict[int, Coupling] = field(default_factory=dict)  # by the group of a free body that they touch
+    eliminated: list = field(default_factory=list)  # S, U/D, u/D, {free body: c/D}: last dof first
 
-    def eliminate(self, S: Spatial, diagonal: Tensor, tau: Tensor):
-        """Let the dof along S go free under tau (RBDA 7.43 to 7.48)."""
+    def eliminate(self, S: Spatial, diagonal: Tensor, tau: Tensor, bodies: list["ArticulatedBody"]):
+        """Let the dof along S go free under tau (RBDA 7.43 to 7.48). bodies: of all groups."""
         U = self.IA @ S
         D_inverse = 1.0 / (S.dot(U) + diagonal)
         u = tau if self.pA is None else tau - S.dot(self.pA)
         U_D = U * D_inverse
-        self.eliminated.append((S, U_D, u * D_inverse))
+        c = {k: X.transpose_times(S) for k, X in self.X.items()}
+        c_D = {k: c_k * D_inverse for k, c_k in c.items()}
+        self.eliminated.append((S, U_D, u * D_inverse, c_D))
         self.IA = self.IA.minus_outer(U, U_D)
         self.pA = U_D * u if self.pA is None else self.pA + U_D * u
+        for k, c_k in c.items():
+            self.X[k] = self.X[k].minus_outer(U, c_D[k])
+            bodies[k].carry(_sum_links(Coupling.outer(c_k, -c_D[k])).inertia(), _sum_links(c_D[k] * u))
+            for j in (j for j in c if j < k):
+                bodies[k].couple(j, _sum_links(Coupling.outer(c_k, -c_D[j])))
 
-    def carry(self, IA: Inertia, pA: Spatial):
-        """Add the articulated bodies that hang on these links."""
+    def carry(self, IA: Inertia, pA: Spatial | None = None):
+        """Add what hangs on these links or touches them."""
         self.IA = IA if self.IA is None else self.IA + IA
-        self.pA = pA if self.pA is None else self.pA + pA
+        if pA is not None:
+            self.pA = pA if self.pA is None else self.pA + pA
 
-    def substitute(self, a: Spatial | None) -> tuple[list[Tensor], Spatial]:
-        """Velocities x of the eliminated dofs, and the links', when the parent's is a (None: the world)."""
+    def couple(self, k: int, X: Coupling):
+        self.X[k] = self.X[k] + X if k in self.X else X
+
+    def substitute(self, a: Spatial | None, free: dict[int, Spatial]) -> tuple[list[Tensor], Spatial]:
+        """Velocities x of the eliminated dofs, and the links', when the parent's is a (None: the world), those of free
+        bodies free."""
         x = []
-        for S, U_D, u_D in reversed(self.eliminated):
-            x.append(u_D if a is None else u_D - U_D.dot(a))
-            a = S * x[-1] if a is None else a + S * x[-1]
+        for S, U_D, u_D, c_D in reversed(self.eliminated):
+            x_i = u_D if a is None else u_D - U_D.dot(a)
+            for k, c in c_D.items():
+                x_i = x_i - c.dot(free[k])
+            x.append(x_i)
+            a = S * x_i if a is None else a + S * x_i
         return x, a
 
 
@@ -104,29 +104,61 @@ def _point_moments(pos: Vec, a: Tensor, b: Tensor):
     return second, ax, ay, az, bx, by, a, b
 
 
-def _solve_root(body: ArticulatedBody, diagonal: list[Tensor], frame: Frame, tau: list[Tensor]):
-    """x and velocity a of free bodies: (IA + diagonal) a = tau - pA, a 6x6 Cholesky solve written out.
+def _add_pairs(model: Model, terms: list[Terms], bodies: list[ArticulatedBody]):
+    """The contacts between bodies: their inertia to both, and what joins them."""
+    for i, g in enumerate(model.groups):
+        for pairs, t in zip(g.pairs, terms[i].pairs):
+            N, d = t.inertia(), t.to_other()
+            bodies[i].carry(N)
+            if pairs.other >= 0:
+                X = N.from_afar(d)
+                bodies[i].couple(pairs.other, -X)
+                bodies[pairs.other].carry(_sum_links(X.from_both(d)))
+
+
+def _sum_links(x):
+    return x.map(lambda t: t if t.shape[0] == 1 else t.sum(0, keepdim=True))
+
+
+def _solve_roots(model: Model, bodies: list[ArticulatedBody], terms: list[Terms], frames: list[Frame], tau: Grouped):
+    """{group: (x, velocity a)} of free bodies; those that touch, or are touched, are one system."""
+    free = [i for i, g in enumerate(model.groups) if g.kind == "free"]
+    touched = {p.other for g in model.groups for p in g.pairs if p.other >= 0}
+    # in an order in which X is below the diagonal: bodies that are touched, ascending, then the roots of trees
+    joined = sorted(touched) + [i for i in free if bodies[i].X and i not in touched]
+    systems = [[i] for i in free if i not in joined] + [joined] * bool(joined)
+    return {i: root for s in systems for i, root in zip(s, _solve_system(s, bodies, terms, frames, tau))}
+
+
+def _solve_system(groups: list[int], bodies, terms, frames, tau):
+    """x and velocity a of free bodies: (IA + diagonal) a = tau - pA, a Cholesky solve written out.
 
     MuJoCo gives the six dofs of a free joint one armature and damping, so in world axes they stay a multiple of 1.
     """
-    rot, cross, lin = body.IA
-    d_lin, d_ang = diagonal[0], diagonal[3]
-    rows = [
-        [rot.xx + d_ang],
-        [rot.xy, rot.yy + d_ang],
-        [rot.xz, rot.yz, rot.zz + d_ang],
-        [*cross.a, lin.xx + d_lin],
-        [*cross.b, lin.xy, lin.yy + d_lin],
-        [*cross.c, lin.xz, lin.yz, lin.zz + d_lin],
-    ]
-    load = Spatial(frame.rot @ Vec(*tau[3:]), Vec(*tau[:3]))
-    load = load if body.pA is None else load - body.pA
-    a = _solve_6x6(rows, [*load.ang, *load.lin])
-    ang, lin = Vec(*a[:3]), Vec(*a[3:])
-    return [*lin, *frame.rot.transpose_times(ang)], Spatial(ang, lin)
+    rows, load = [], []
+    for place, i in enumerate(groups):
+        rot, cross, lin = bodies[i].IA
+        d_lin, d_ang = terms[i].joint.diagonal[0], terms[i].joint.diagonal[3]
+        own = [
+            [rot.xx + d_ang],
+            [rot.xy, rot.yy + d_ang],
+            [rot.xz, rot.yz, rot.zz + d_ang],
+            [*cross.a, lin.xx + d_lin],
+            [*cross.b, lin.xy, lin.yy + d_lin],
+            [*cross.c, lin.xz, lin.yz, lin.zz + d_lin],
+        ]
+        before = [bodies[i].X[j].rows() if j in bodies[i].X else [[0.0] * 6] * 6 for j in groups[:place]]
+        rows += [[*(x for block in before for x in block[r]), *own[r]] for r in range(6)]
+        wrench = Spatial(frames[i].rot @ Vec(*tau[i][3:]), Vec(*tau[i][:3]))
+        wrench = wrench if bodies[i].pA is None else wrench - bodies[i].pA
+        load += [*wrench.ang, *wrench.lin]
+    a = _cholesky_solve(rows, load)
+    for place, i in enumerate(groups):
+        ang, lin = Vec(*a[6 * place : 6 * place + 3]), Vec(*a[6 * place + 3 : 6 * place + 6])
+        yield [*lin, *frames[i].rot.transpose_times(ang)], Spatial(ang, lin)
 
 
-def _solve_6x6(rows: list[list[Tensor]], rhs: list[Tensor]) -> list[Tensor]:
+def _cholesky_solve(rows: list[list[Tensor]], rhs: list[Tensor]) -> list[Tensor]:
     """rows: the lower triangle of a symmetric positive matrix."""
     low: list[list[Tensor]] = []
     inverse, y = [], []  # of the diagonal; forward substitution
@@ -136,33 +168,38 @@ def _solve_6x6(rows: list[list[Tensor]], rhs: list[Tensor]) -> list[Tensor]:
             start = start - p * q
         return start
 
-    for r in range(6):
+    for r in range(len(rows)):
         low.append([])
         for k in range(r):
             low[r].append(minus_dot(rows[r][k], low[r][:k], low[k][:k]) * inverse[k])
         inverse.append(torch.rsqrt(minus_dot(rows[r][r], low[r], low[r])))
         y.append(minus_dot(rhs[r], low[r], y) * inverse[r])
-    out: list[Tensor] = [None] * 6
-    for r in reversed(range(6)):
-        out[r] = minus_dot(y[r], [low[j][r] for j in range(r + 1, 6)], out[r + 1 :]) * inverse[r]
+    out: list[Tensor] = [None] * len(rows)
+    for r in reversed(range(len(rows))):
+        out[r] = minus_dot(y[r], [low[j][r] for j in range(r + 1, len(rows))], out[r + 1 :]) * inverse[r]
     return out
 
 
 def solve(model: Model, frames: list[Frame], terms: list[Terms], impulses, tau: Grouped) -> Grouped:
     """x with A x = sum_b J_b^T impulse_b + tau. impulses: of the links about the origin, a Spatial or None a group."""
     bodies = [ArticulatedBody(inertia_of(t), None if p is None else -p) for t, p in zip(terms, impulses)]
+    _add_pairs(model, terms, bodies)
     for i in reversed(range(len(bodies))):  # leaves to root
         g, body = model.groups[i], bodies[i]
         for S, d, tau_j in reversed(list(zip(frames[i].S, terms[i].joint.diagonal, tau[i]))):
-            body.eliminate(S, d, tau_j)
+            body.eliminate(S, d, tau_j, bodies)
         if g.parent >= 0:
             bodies[g.parent].carry(to_parent(model, g, body.IA), to_parent(model, g, body.pA))
+            for k, X in body.X.items():
+                bodies[g.parent].couple(k, to_parent(model, g, X))
     x, velocities = [], []
+    roots = _solve_roots(model, bodies, terms, frames, tau)
+    free = {i: a for i, (_, a) in roots.items()}
     for i, (g, body) in enumerate(zip(model.groups, bodies)):  # root to leaves
         if g.kind == "free":
-            x_g, a = _solve_root(body, terms[i].joint.diagonal, frames[i], tau[i])
+            x_g, a = roots[i]
         else:
-            x_g, a = body.substitute(from_parent(model, g, velocities[g.parent]) if g.parent >= 0 else None)
+            x_g, a = body.substitute(from_parent(model, g, velocities[g.parent]) if g.parent >= 0 else None, free)
         x.append(x_g)
         velocities.append(a)
     return x

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsim.mjcf import GEOM, JOINT, check, collide, disabled, label, read
+from diffsim.collisions import fill_pairs
+from diffsim.mjcf import GEOM, JOINT, can_touch, check, collide, disabled, label, moving_pairs, read
 from diffsim.model import Contacts, Group, Model, Softness
 from diffsim.spatial import Mat, Sym, Vec
 
@@ -16,10 +17,11 @@ class SelfCollisionWarning(UserWarning):
     """The robot's links could touch each other, and here they will not."""
 
 
-def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softness=None) -> Model:
+def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softness=None, collisions=False) -> Model:
     """Load an MJCF file or string.
 
-    Args: `xml` a path or the text of a file; `timestep` replaces the file's, seconds; `softness`: None for the default.
+    Args: `xml` a path or the text of a file; `timestep` replaces the file's, seconds; `softness`: None for the default;
+    `collisions`: whether bodies touch each other, too, not the ground alone (see README.md for which do).
     Raises: ValueError when MuJoCo cannot read it, UnsupportedError naming the first element diffsim lacks.
     """
     try:
@@ -29,13 +31,13 @@ def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softnes
     mj_model, name = read(xml)
     if timestep is not None:
         mj_model.opt.timestep = timestep
-    check(mj_model, name)
-    return build_model(mj_model, softness or Softness(), device, dtype)
+    check(mj_model, name, collisions)
+    return build_model(mj_model, softness or Softness(), device, dtype, collisions)
 
 
-def build_model(mj_model: mujoco.MjModel, softness: Softness, device, dtype) -> Model:
+def build_model(mj_model: mujoco.MjModel, softness: Softness, device, dtype, collisions: bool = False) -> Model:
     """Constant tensors of a compiled MuJoCo model that `load_model` accepts."""
-    return _Builder(mj_model, softness, torch.device(device), dtype).build()
+    return _Builder(mj_model, softness, torch.device(device), dtype, collisions).build()
 
 
 def without_margins(model: Model) -> Model:
@@ -44,12 +46,12 @@ def without_margins(model: Model) -> Model:
     bare.geom_margin[:] = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SelfCollisionWarning)  # said when the robot was loaded
-        return build_model(bare, model.softness, model.device, model.dtype)
+        return build_model(bare, model.softness, model.device, model.dtype, model.collisions)
 
 
 class _Builder:
-    def __init__(self, m, softness, device, dtype):
-        self.m, self.softness, self.device, self.dtype = m, softness, device, dtype
+    def __init__(self, m, softness, device, dtype, collisions):
+        self.m, self.softness, self.device, self.dtype, self.collisions = m, softness, device, dtype, collisions
         self.data = mujoco.MjData(m)
         mujoco.mj_kinematics(m, self.data)  # frames at qpos0: only relative poses of welded bodies are read
 
@@ -82,8 +84,15 @@ class _Builder:
             body = m.body_parentid[body]
         return pos, rot
 
+    def geom_in_link(self, geom):
+        """Its pose in the frame of its link."""
+        pos, rot = self.in_link(self.m.geom_bodyid[geom])
+        mujoco.mju_quat2Mat(flat := np.zeros(9), self.m.geom_quat[geom])
+        return pos + rot @ self.m.geom_pos[geom], rot @ flat.reshape(3, 3)
+
     def make_groups(self) -> list[Group]:
-        """Collect, level by level, the children of one kind of all joints of a parent group."""
+        """Collect, level by level, the children of one kind of all joints of a parent group. With collisions a free
+        body is a group of its own: others may touch it and not its like."""
         m = self.m
         children = {j: [] for j in range(-1, m.njnt)}
         for j in range(m.njnt):
@@ -95,8 +104,9 @@ class _Builder:
                 for c in children[p]:
                     kind = JOINT[m.jnt_type[c]]
                     shifts_tree = kind == "slide" and (index < 0 or groups[index].shifts_tree)
-                    packs.setdefault((kind, shifts_tree), []).append((row, c))
-            for (kind, shifts_tree), members in packs.items():
+                    alone = c if self.collisions and kind == "free" else None
+                    packs.setdefault((kind, shifts_tree, alone), []).append((row, c))
+            for (kind, shifts_tree, _), members in packs.items():
                 rows, ids = [row for row, _ in members], [c for _, c in members]
                 nq, nd = {"free": (7, 6), "ball": (4, 3)}.get(kind, (1, 1))
                 groups.append(Group(
@@ -211,10 +221,7 @@ class _Builder:
             body = m.geom_bodyid[geom]
             if not body or self.link_of_body(body) != joint:
                 continue
-            p, r = self.in_link(body)
-            mujoco.mju_quat2Mat(flat := np.zeros(9), m.geom_quat[geom])
-            r_geom, size = r @ flat.reshape(3, 3), m.geom_size[geom]
-            center = p + r @ m.geom_pos[geom]
+            (center, r_geom), size = self.geom_in_link(geom), m.geom_size[geom]
             if GEOM[m.geom_type[geom]] == "sphere":
                 points, radius = [center], size[0]
             elif GEOM[m.geom_type[geom]] == "capsule":
@@ -225,12 +232,7 @@ class _Builder:
             for plane in planes:
                 if not collide(m, geom, plane):
                     continue
-                margin = self.margin(geom, plane)
-                period, ratio = self.solref(self.mixed_solref(geom, plane))
-                invweight = m.body_invweight0[body, 0]
-                k = self.softness.stiffness / (max(invweight, 1e-9) * period[0] ** 2)
-                damping = self.hunt_crossley(period, ratio, self.softness.contact_depth)[0]
-                friction = self.friction(geom, plane)
+                margin, k, damping, friction = self.law(geom, plane)
                 ground = self.data.geom_xpos[plane, 2]
                 name = m.geom(geom).name or f"geom {geom}"
                 found += [(name, x, radius + margin, ground, k, damping, friction) for x in points]
@@ -243,6 +245,14 @@ class _Builder:
             )  # fmt: skip
 
         return [a for i, a in enumerate(found) if not hidden(i, a)]
+
+    def law(self, geom, other) -> tuple:
+        """Margin, stiffness k, damping, friction of two geoms that touch."""
+        period, ratio = self.solref(self.mixed_solref(geom, other))
+        invweight = self.m.body_invweight0[self.m.geom_bodyid[[geom, other]], 0].sum()
+        k = self.softness.stiffness / (max(invweight, 1e-9) * period[0] ** 2)
+        damping = self.hunt_crossley(period, ratio, self.softness.contact_depth)[0]
+        return self.margin(geom, other), k, damping, self.friction(geom, other)
 
     def margin(self, geom, plane) -> float:
         m = self.m
@@ -277,6 +287,8 @@ class _Builder:
         groups = self.make_groups()
         for g in groups:
             self.fill(g)
+        if self.collisions:
+            fill_pairs(self, groups)
         self.warn_about_self_collision()
         moment = np.zeros((m.nv, m.nu))
         for i in range(m.nu):
@@ -304,20 +316,13 @@ class _Builder:
             ctrl_low=self.column(np.where(limited, m.actuator_ctrlrange[:, 0], -np.inf)),
             ctrl_high=self.column(np.where(limited, m.actuator_ctrlrange[:, 1], np.inf)),
             gravity=self.vec(m.opt.gravity * (not disabled(m, "GRAVITY"))), contact_names=self.contact_names,
-            softness=self.softness, device=self.device, dtype=self.dtype,
+            softness=self.softness, collisions=self.collisions, device=self.device, dtype=self.dtype,
         )  # fmt: skip
 
     def warn_about_self_collision(self):
-        """MuJoCo would let these geoms touch: not those of one link, nor of a link and its parent."""
-        m = self.m
-        moving = [i for i in range(m.ngeom) if self.link_of_body(m.geom_bodyid[i]) >= 0]
-        weld = m.body_weldid[m.geom_bodyid]
-        above = m.body_weldid[m.body_parentid[weld]]
-        pairs = [
-            (a, b) for i, a in enumerate(moving) for b in moving[i + 1 :]
-            if collide(m, a, b) and weld[a] != weld[b] and above[a] != weld[b] and above[b] != weld[a]
-        ]  # fmt: skip
+        """MuJoCo would let these geoms touch."""
+        pairs = [pair for pair in moving_pairs(self.m) if not (self.collisions and can_touch(self.m, *pair))]
         if pairs:
-            names = " and ".join(label(m, "geom", i) for i in pairs[0])
+            names = " and ".join(label(self.m, "geom", i) for i in pairs[0])
             message = f"contact between moving geoms is ignored ({len(pairs)} pairs, {names} first)"
             warnings.warn(message, SelfCollisionWarning, stacklevel=4)

@@ -1,4 +1,4 @@
-"""The one compliant law, for contacts with the ground and for joint limits.
+"""The one compliant law, for contacts with the ground and between bodies, and for joint limits.
 
 It is smooth enough to differentiate (no force jumps at touch-down: Hunt & Crossley 1975) and enters the substep
 implicitly, so that four substeps do where an explicit penalty needs dozens. README.md derives it.
@@ -33,9 +33,9 @@ def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, h: float) -
     return force, weight, h * (force + damper * speed)
 
 
-def friction_weight(force: Tensor, vx: Tensor, vy: Tensor, friction, slip: float, h: float) -> Tensor:
+def friction_weight(force: Tensor, speed2: Tensor, friction, slip: float, h: float) -> Tensor:
     """Coulomb friction under a normal force, regularised below the speed `slip` (m/s), with its direction implicit:
 
-    h f_t = -weight v_t',    weight = h mu force / sqrt(|v_t|^2 + slip^2)
+    h f_t = -weight v_t',    weight = h mu force / sqrt(|v_t|^2 + slip^2),    speed2 = |v_t|^2
     """
-    return h * friction * force * torch.rsqrt(vx * vx + vy * vy + slip * slip)
+    return h * friction * force * torch.rsqrt(speed2 + slip * slip)

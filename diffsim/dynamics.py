@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from diffsim.articulated import solve
-from diffsim.forces import assemble, contact_terms, residual
+from diffsim.forces import assemble, contact_terms, impulses, residual
 from diffsim.kinematics import forward_kinematics, join, project, split, twists
 from diffsim.model import Model
+from diffsim.pairs import pair_terms
 from diffsim.spatial import Vec, quat_integrate
 
 
@@ -45,7 +46,7 @@ def forward_substep(model: Model, qpos: Tensor, qvel: Tensor, qfrc: Tensor) -> t
     q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
     frames = forward_kinematics(model, q)
     terms = assemble(model, frames, q, v, tau, h)
-    x = solve(model, frames, terms, [t.impulse() for t in terms], [t.joint.impulse for t in terms])
+    x = solve(model, frames, terms, impulses(model, terms), [t.joint.impulse for t in terms])
     x = join(x, model.dof_rows)
     return integrate(model, qpos, x, h), x
 
@@ -161,25 +162,31 @@ def bias_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
 def contact_points(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, Tensor]:
     """Gap (ncontact, B) in m, negative inside, and world force (3, ncontact, B) in N, of `model.contact_names`.
 
+    The force is that on the geom, of a pair on the first.
     Of qpos (nq, B), qvel (nv, B). Raises ValueError for a wrong shape.
     """
     _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
     frames = forward_kinematics(model, split(qpos, model.qpos_rows))
+    velocities = twists(model, frames, split(qvel, model.dof_rows))
     gaps, forces = [None] * len(model.contact_names), [None] * len(model.contact_names)
-    for g, frame, vel in zip(model.groups, frames, twists(model, frames, split(qvel, model.dof_rows))):
-        if g.contacts is None:
-            continue
-        c = contact_terms(g, frame, vel, model.softness, 1.0)  # h = 1 s: w_t is friction per speed
-        force = torch.stack([-c.w_t * c.vel.x, -c.w_t * c.vel.y, c.f_n])  # (3, p, n, B)
-        for i, places in enumerate(g.contacts.index):
-            for row, place in enumerate(places):
-                if place >= 0:
-                    gaps[place], forces[place] = c.gap[i, row], force[:, i, row]
+    for i, g in enumerate(model.groups):  # h = 1 s: w_t is friction per speed
+        found = []
+        if g.contacts is not None:
+            c = contact_terms(g, frames[i], velocities[i], model.softness, 1.0)
+            found.append((g.contacts.index, c.gap, (-c.w_t * c.vel.x, -c.w_t * c.vel.y, c.f_n)))
+        for pairs in g.pairs:
+            c = pair_terms(pairs, i, frames, velocities, model.softness, 1.0)
+            found.append((pairs.index, c.gap, c.normal * c.f_n - c.slide * c.w_t))
+        for index, gap, force in found:  # (p, n, B)
+            for j, places in enumerate(index):
+                for row, place in enumerate(places):
+                    if place >= 0:
+                        gaps[place], forces[place] = gap[j, row], torch.stack([f[j, row] for f in force])
     if not gaps:
         return qpos.new_zeros(0, qpos.shape[1]), qpos.new_zeros(3, 0, qpos.shape[1])
     return torch.stack(gaps), torch.stack(forces, 1)
 
 
 def contact_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
-    """World force (3, ncontact, B) of the ground on every point of `model.contact_names`, N; see `contact_points`."""
+    """World force (3, ncontact, B) on every point of `model.contact_names`, N; see `contact_points`."""
     return contact_points(model, qpos, qvel)[1]

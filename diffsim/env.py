@@ -58,8 +58,9 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             if not task.warn_of_self_collision:
                 warnings.simplefilter("ignore", SelfCollisionWarning)
             self.model = load_model(
-                task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness()
-            )
+                task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness(),
+                collisions=task.collisions,
+            )  # fmt: skip
         self.mj_model, self.device, self.dtype = self.model.mj_model, self.model.device, dtype
         memory.check(num_envs, 64 * (self.model.nq + self.model.nv) * dtype.itemsize, self.device)  # once they are made
         obs_dim = check_methods(task, self.model)  # before anything is compiled
@@ -141,9 +142,10 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         if any_nonfinite:
             self._report(nonfinite, qpos, action)
             qpos, qvel, action = self._replace(nonfinite, qpos, qvel, action)
-        final_obs = self._observe(qpos, qvel, action)
         reward = self.task.transition_reward(self.qpos, qpos, qvel, action)
         terminated = self.task.terminated(qpos, qvel)
+        qpos, qvel = self.task.renew(qpos, qvel, self._generator)
+        final_obs = self._observe(qpos, qvel, action)
         if any_nonfinite:
             reward, terminated = torch.where(nonfinite, 0.0, reward), terminated | nonfinite
         truncated = (self.episode_length >= self.max_episode_steps) & ~terminated

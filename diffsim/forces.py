@@ -1,7 +1,7 @@
 """Both sides of a substep's equation A x = b, term by term.
 
     A = sum over links   J^T I J        b = sum over links   J^T (momentum - h (gravity and velocity terms))
-      + sum over contacts  J^T w J        + sum over contacts  J^T j
+      + sum over contacts  J^T w J        + sum over contacts  J^T j      (ground; between bodies: pairs.py)
       + diagonal per dof                  + impulse per dof
 
 J takes joint velocities to the velocity of a link (`kinematics.twists`) or of a point on it; it is never written out.
@@ -17,6 +17,7 @@ from torch import Tensor
 from diffsim.contact import friction_weight, normal_law
 from diffsim.kinematics import Frame, Grouped, bias_accelerations, twists
 from diffsim.model import Group, Model, Softness
+from diffsim.pairs import PairTerms, pair_terms
 from diffsim.spatial import Spatial, Sym, Vec
 
 
@@ -70,9 +71,10 @@ class Terms(NamedTuple):
     body: BodyTerms | None  # None where the links have no mass of their own
     contact: ContactTerms | None
     joint: JointTerms
+    pairs: list[PairTerms]
 
     def impulse(self) -> Spatial | None:
-        """All impulses on the links, about the origin."""
+        """Impulses on the links that act on no other, about the origin."""
         parts = [part.impulse() for part in (self.body, self.contact) if part is not None]
         return parts[0] + parts[1] if len(parts) == 2 else parts[0] if parts else None
 
@@ -106,7 +108,7 @@ def contact_terms(g: Group, frame: Frame, vel: Spatial, softness: Softness, h: f
     v = _per_point(g, vel).at(pos)
     gap = frame.origin.z + pos.z - c.ground
     f_n, w_n, j_n = normal_law(gap, v.z, c.k, c.damping, softness.contact_width, h)
-    w_t = friction_weight(f_n, v.x, v.y, c.friction, softness.slip, h)
+    w_t = friction_weight(f_n, v.x * v.x + v.y * v.y, c.friction, softness.slip, h)
     return ContactTerms(gap, pos, v, f_n, w_t, w_n, j_n)
 
 
@@ -155,8 +157,22 @@ def assemble(model: Model, frames: list[Frame], q: Grouped, v: Grouped, tau: Gro
     for i, g in enumerate(model.groups):
         body = body_terms(g, frames[i], velocities[i], accelerations[i], h) if g.has_mass else None
         contact = contact_terms(g, frames[i], velocities[i], model.softness, h) if g.contacts else None
-        terms.append(Terms(body, contact, joint_terms(g, q[i], v[i], tau[i], model.softness, h)))
+        pairs = [pair_terms(p, i, frames, velocities, model.softness, h) for p in g.pairs]
+        terms.append(Terms(body, contact, joint_terms(g, q[i], v[i], tau[i], model.softness, h), pairs))
     return terms
+
+
+def impulses(model: Model, terms: list[Terms]) -> list[Spatial | None]:
+    """All impulses on the links of each group, about their origins."""
+    found = [t.impulse() for t in terms]
+    for i, g in enumerate(model.groups):
+        for pairs, t in zip(g.pairs, terms[i].pairs):
+            on_links = t.impulse()
+            found[i] = on_links if found[i] is None else found[i] + on_links
+            if pairs.other >= 0:
+                opposite = Spatial(on_links.ang - t.to_other().cross(on_links.lin), on_links.lin)
+                found[pairs.other] = found[pairs.other] - opposite.map(lambda x: x.sum(0, keepdim=True))
+    return found
 
 
 def residual(model: Model, frames: list[Frame], terms: list[Terms], x: Grouped, lam: Grouped) -> Tensor:
@@ -165,8 +181,9 @@ def residual(model: Model, frames: list[Frame], terms: list[Terms], x: Grouped, 
     With J x the velocities under x and J lam those under lam, it is a sum of J lam . (impulse - inertia J x).
     """
     total = 0.0
-    moved = zip(twists(model, frames, x), twists(model, frames, lam))
-    for g, (body, contact, joint), (vel_x, vel_lam), x_g, lam_g in zip(model.groups, terms, moved, x, lam):
+    moved = list(zip(twists(model, frames, x), twists(model, frames, lam)))
+    everything = zip(model.groups, terms, moved, x, lam)
+    for i, (g, (body, contact, joint, pairs), (vel_x, vel_lam), x_g, lam_g) in enumerate(everything):
         if body is not None:
             total = total + vel_lam.at(body.com).dot(body.linear - vel_x.at(body.com) * body.mass).sum()
             total = total + vel_lam.ang.dot(body.angular - body.inertia @ vel_x.ang).sum()
@@ -174,6 +191,9 @@ def residual(model: Model, frames: list[Frame], terms: list[Terms], x: Grouped, 
             p_x, p_lam = (_per_point(g, vel).at(contact.pos) for vel in (vel_x, vel_lam))
             drag = contact.w_t * (p_x.x * p_lam.x + p_x.y * p_lam.y)
             total = total + (p_lam.z * (contact.j_n - contact.w_n * p_x.z) - drag).sum()
+        for p, t in zip(g.pairs, pairs):
+            others = (None, None) if p.other < 0 else moved[p.other]
+            total = total + t.residual(*(t.relative(a, b) for a, b in zip(moved[i], others))).sum()
         for d, j, x_i, lam_i in zip(*joint, x_g, lam_g):
             total = total + (lam_i * (j - d * x_i)).sum()
     return total

@@ -109,7 +109,7 @@ def label(m, kind, i) -> str:
     return f"{kind} '{getattr(m, kind)(i).name or i}'"
 
 
-def check(m: mujoco.MjModel, name: str):
+def check(m: mujoco.MjModel, name: str, collisions: bool = False):
     """Raise on everything that would move the robot differently and that diffsim does not simulate."""
 
     def no(what, instead=LEAVE):
@@ -137,7 +137,7 @@ def check(m: mujoco.MjModel, name: str):
             if value.dtype.kind == "f" and not np.isfinite(row).all():
                 no(f"{what} = {row} of {_owner(m, prefix, i)}", "give a finite number")
     _check_joints(m, no)
-    _check_contacts(m, no)
+    _check_contacts(m, no, collisions)
 
 
 @cache
@@ -210,18 +210,24 @@ def _check_softness(solref, solimp, depth, of, no):
         no(f"the soft solimp of the {of}", f"let the impedance reach {IMPEDANCE} within {depth}")
 
 
-def _check_contacts(m, no):
+def _check_contacts(m, no, collisions):
     data = mujoco.MjData(m)
     mujoco.mj_kinematics(m, data)
-    moves = m.body_weldid[m.geom_bodyid] > 0
-    touching = [(a, b) for a in np.flatnonzero(moves) for b in np.flatnonzero(~moves) if collide(m, a, b)]
+    touching = fixed_pairs(m)
     for moving, fixed in touching:
         if GEOM[m.geom_type[fixed]] != "plane":
-            no(f"contact with the fixed {label(m, 'geom', fixed)}", "only planes; or set contype=conaffinity=0")
+            if not collisions:
+                no(f"contact with the fixed {label(m, 'geom', fixed)}", "only planes; or set contype=conaffinity=0")
+            if not can_touch(m, moving, fixed):
+                what = " and ".join(f"{label(m, 'geom', i)} ({GEOM[m.geom_type[i]]})" for i in (moving, fixed))
+                no(f"contact of {what}", "use sphere, capsule and box, not two capsules")
+            continue
         if data.geom_xmat[fixed, 8] < 1 - 1e-12:  # its normal's height
             no(f"the tilted plane {label(m, 'geom', fixed)}", "keep it level and tilt gravity")
         if GEOM[m.geom_type[moving]] not in ("sphere", "capsule", "box"):
             no(f"contact of {label(m, 'geom', moving)} ({GEOM[m.geom_type[moving]]})", "use sphere, capsule or box")
+    if collisions:
+        touching = touching + [pair for pair in moving_pairs(m) if can_touch(m, *pair)]
     for geom in dict.fromkeys(g for pair in touching for g in pair):
         for field in ("gap", "surfacevel", "adhesion"):
             if hasattr(m, f"geom_{field}") and getattr(m, f"geom_{field}")[geom].any():
@@ -241,3 +247,33 @@ def collide(m, a, b) -> bool:
     if disabled(m, "CONTACT", "CONSTRAINT") or (low << 16) + high in m.exclude_signature:
         return False
     return bool((m.geom_contype[a] & m.geom_conaffinity[b]) | (m.geom_contype[b] & m.geom_conaffinity[a]))
+
+
+def fixed_pairs(m) -> list[tuple[int, int]]:
+    """Geoms of the links, and fixed ones that they may touch."""
+    moves = m.body_weldid[m.geom_bodyid] > 0
+    return [(a, b) for a in np.flatnonzero(moves) for b in np.flatnonzero(~moves) if collide(m, a, b)]
+
+
+def moving_pairs(m) -> list[tuple[int, int]]:
+    """Geoms of two links that MuJoCo lets touch: not those of a link and its parent."""
+    weld = m.body_weldid[m.geom_bodyid]
+    above, moving = m.body_weldid[m.body_parentid[weld]], np.flatnonzero(weld)
+    return [
+        (a, b) for i, a in enumerate(moving) for b in moving[i + 1 :]
+        if collide(m, a, b) and weld[a] != weld[b] and above[a] != weld[b] and above[b] != weld[a]
+    ]  # fmt: skip
+
+
+def moves_freely(m, geom) -> bool:
+    """Whether it is on a body with a free joint, and no link hangs on that."""
+    root = m.body_rootid[m.geom_bodyid[geom]]
+    joints = np.flatnonzero(m.body_rootid[m.jnt_bodyid] == root)
+    return len(joints) == 1 and JOINT[m.jnt_type[joints[0]]] == "free"
+
+
+def can_touch(m, a, b) -> bool:
+    """Whether diffsim simulates the contact of two geoms with collisions: one is free or fixed, and see pairs.py."""
+    kinds = {GEOM[m.geom_type[geom]] for geom in (a, b)}
+    alone = any(m.body_weldid[m.geom_bodyid[geom]] == 0 or moves_freely(m, geom) for geom in (a, b))
+    return alone and kinds <= {"sphere", "capsule", "box"} and kinds != {"capsule"}

@@ -5,7 +5,7 @@ four hips are one group and its four ankles another, so its four legs are simula
 wide. Every tensor below has one row per joint of a group, `(n, 1)`, and broadcasts over environments `(n, B)`.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from numbers import Real
 
@@ -30,6 +30,7 @@ class Softness:
     limit_width: float = 0.01  # rad or m
     limit_depth: float = 0.03  # rad or m
     slip: float = 0.02  # m/s, regularisation of Coulomb friction
+    edge: float = 0.01  # m, radius of a box's edges between bodies, at most half of its least half size
 
     def __post_init__(self):
         for name, x in asdict(self).items():
@@ -51,6 +52,28 @@ class Contacts:
     point: Vec  # centre, in the link's frame
     radius: Tensor  # with the margin, which inflates the geom as in MuJoCo
     ground: Tensor  # height of the plane
+    k: Tensor  # N/m
+    damping: Tensor  # s/m, Hunt-Crossley
+    friction: Tensor
+    index: list[list[int]]  # [p][n] -> place in model.contact_names, or -1
+
+
+@dataclass
+class Pairs:
+    """Spheres of one body that can meet cores of another, (p, n, 1): up to p pairs for each of a group's n links.
+
+    A core is a box of half sizes `half` (a line for a capsule, a point for a sphere); a geom is what lies within its
+    radius of its core. So a box has round edges, and the normal of a contact is continuous.
+    """
+
+    other: int  # group of the other body, which is free and has no links; -1: the world
+    swapped: bool  # the spheres are the other's, the cores the links'
+    point: Vec  # centre of the sphere, in its link's frame
+    core: Vec | None  # centre of the core, in its link's frame; None: its origin
+    axes: Mat | None  # of the core; None: the link's
+    half: Vec
+    radius: Tensor  # of the sphere, with the margin
+    reach: Tensor  # distance of point and core at which the geoms touch
     k: Tensor  # N/m
     damping: Tensor  # s/m, Hunt-Crossley
     friction: Tensor
@@ -80,6 +103,7 @@ class Group:
     com: Vec | None = None
     inertia: Sym | None = None
     contacts: Contacts | None = None
+    pairs: list[Pairs] = field(default_factory=list)
     # joint-space terms
     armature: Tensor | None = None
     damping: Tensor | None = None
@@ -105,8 +129,9 @@ class Model:
     ctrl_low: Tensor  # (nu, 1)
     ctrl_high: Tensor
     gravity: Vec
-    contact_names: list[str]  # geom of every contact point
+    contact_names: list[str]  # geom of every contact point, "geom on geom" of every pair
     softness: Softness
+    collisions: bool  # whether moving bodies touch each other
     device: torch.device
     dtype: torch.dtype
 
@@ -138,4 +163,4 @@ class Model:
 
     def without_contacts(self) -> "Model":
         """The same robot with nothing to touch."""
-        return replace(self, groups=[replace(g, contacts=None) for g in self.groups], contact_names=[])
+        return replace(self, groups=[replace(g, contacts=None, pairs=[]) for g in self.groups], contact_names=[])

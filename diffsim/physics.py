@@ -47,7 +47,8 @@ INDUCTOR = {
 
 KINDS = ("forward", "backward")
 SOURCES = (  # of the step
-    "spatial", "contact", "kinematics", "forces", "articulated", "dynamics", "model", "builder", "mjcf", "physics"
+    "spatial", "contact", "kinematics", "forces", "pairs", "articulated", "dynamics", "model", "builder", "collisions",
+    "mjcf", "physics",
 )  # fmt: skip
 UNCOMPILED: set[Path] = set()  # what this process could not compile
 
@@ -181,7 +182,13 @@ def _build(model: Model, num_envs: int, entry: Path) -> str | None:
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    arguments = [repr(astuple(model.softness)), str(model.device), str(model.dtype), str(num_envs)]
+    arguments = [
+        repr(astuple(model.softness)),
+        str(model.device),
+        str(model.dtype),
+        repr(model.collisions),
+        str(num_envs),
+    ]
     children: list[subprocess.Popen] = []
     try:
         temporary.mkdir(parents=True)
@@ -254,7 +261,7 @@ def _key(model: Model) -> str:
         if source.stem in SOURCES:
             digest.update(source.read_bytes())
     digest.update(_binary(model))
-    what = (model.softness, model.device, model.dtype, torch.get_num_threads(), torch.__version__)
+    what = (model.softness, model.collisions, model.device, model.dtype, torch.get_num_threads(), torch.__version__)
     digest.update(repr((what, torch.backends.cpu.get_cpu_capability(), mujoco.__version__)).encode())
     return digest.hexdigest()[:20]
 
@@ -285,7 +292,7 @@ def _compile(model: Model, num_envs: int, folder: Path):
     folder.with_suffix(".sha256").write_text(_digest(folder))
 
 
-def _child(folder, softness, device, dtype, num_envs):
+def _child(folder, softness, device, dtype, collisions, num_envs):
     def end_with_parent():
         sys.stdin.read()  # its end is the parent's
         os.killpg(0, signal.SIGKILL)
@@ -294,7 +301,7 @@ def _child(folder, softness, device, dtype, num_envs):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     mj_model = mujoco.MjModel.from_binary_path(str(Path(folder).parent / "temporary" / "model.mjb"))
     dtype = getattr(torch, dtype.removeprefix("torch."))
-    model = build_model(mj_model, Softness(*ast.literal_eval(softness)), device, dtype)
+    model = build_model(mj_model, Softness(*ast.literal_eval(softness)), device, dtype, collisions == "True")
     _compile(model, int(num_envs), Path(folder))
 
 

@@ -59,6 +59,19 @@ class Mat(NamedTuple):
     def transpose_times(self, v: Vec) -> Vec:
         return Vec(self.a.dot(v), self.b.dot(v), self.c.dot(v))
 
+    def transposed(self) -> "Mat":
+        return Mat(*(Vec(*row) for row in zip(*self)))
+
+    def times_cross(self, d: Vec) -> "Mat":
+        """self [d x]."""
+        a, b, c = self
+        return Mat(b * d.z - c * d.y, c * d.x - a * d.z, a * d.y - b * d.x)
+
+    def symmetric(self) -> "Sym":
+        """self, which is symmetric, by its six entries."""
+        a, b, c = self
+        return Sym(a.x, b.y, c.z, b.x, c.x, c.y)
+
     def map(self, f):
         return Mat(self.a.map(f), self.b.map(f), self.c.map(f))
 
@@ -82,6 +95,9 @@ class Sym(NamedTuple):
 
     def __add__(self, o):
         return Sym(*(p + q for p, q in zip(self, o)))
+
+    def columns(self) -> Mat:
+        return Mat(Vec(self.xx, self.xy, self.xz), Vec(self.xy, self.yy, self.yz), Vec(self.xz, self.yz, self.zz))
 
     def minus_outer(self, p: Vec, q: Vec) -> "Sym":
         """self - p q^T, where q is a multiple of p."""
@@ -132,6 +148,85 @@ class Spatial(NamedTuple):
 
     def map(self, f):
         return Spatial(self.ang.map(f), self.lin.map(f))
+
+
+class Inertia(NamedTuple):
+    """A symmetric 6x6 matrix [[rot, cross], [cross^T, lin]]; cross by columns."""
+
+    rot: Sym
+    cross: Mat
+    lin: Sym
+
+    def __matmul__(self, s: Spatial) -> Spatial:
+        return Spatial(self.rot @ s.ang + self.cross @ s.lin, self.cross.transpose_times(s.ang) + self.lin @ s.lin)
+
+    def __add__(self, o):
+        cross = Mat(*(a + b for a, b in zip(self.cross, o.cross)))
+        return Inertia(self.rot + o.rot, cross, self.lin + o.lin)
+
+    def minus_outer(self, p: Spatial, q: Spatial):
+        """self - p q^T, where q is a multiple of p."""
+        (p_ang, p_lin), (q_ang, q_lin) = p, q
+        columns = (column - p_ang * q_i for column, q_i in zip(self.cross, q_lin))
+        return Inertia(self.rot.minus_outer(p_ang, q_ang), Mat(*columns), self.lin.minus_outer(p_lin, q_lin))
+
+    def map(self, f):
+        return Inertia(Sym(*map(f, self.rot)), self.cross.map(f), Sym(*map(f, self.lin)))
+
+    def from_afar(self, d: Vec) -> "Coupling":
+        """self T, where T [ang, lin] = [ang, lin + d x ang] takes a twist from a point d away to the origin."""
+        (rot, cross, lin), turned = self, self.cross.transposed()
+        turn = Mat(*(a + b for a, b in zip(turned, lin.columns().times_cross(d))))
+        return Coupling(Mat(*(a + b for a, b in zip(rot.columns(), cross.times_cross(d)))), cross, turn, lin.columns())
+
+
+class Coupling(NamedTuple):
+    """A 6x6 matrix [[aa, al], [la, ll]], from the twist of one body to the wrench on another; each by columns."""
+
+    aa: Mat
+    al: Mat
+    la: Mat
+    ll: Mat
+
+    def transpose_times(self, s: Spatial) -> Spatial:
+        (aa, al, la, ll), (ang, lin) = self, s
+        return Spatial(
+            aa.transpose_times(ang) + la.transpose_times(lin), al.transpose_times(ang) + ll.transpose_times(lin)
+        )
+
+    def __add__(self, o):
+        return Coupling(*(Mat(*(a + b for a, b in zip(m, n))) for m, n in zip(self, o)))
+
+    def minus_outer(self, p: Spatial, q: Spatial):
+        """self - p q^T."""
+        blocks = ((row, column) for row in p for column in q)
+        return Coupling(*(Mat(*(c - row * q_i for c, q_i in zip(m, q_))) for m, (row, q_) in zip(self, blocks)))
+
+    @staticmethod
+    def outer(p: Spatial, q: Spatial) -> "Coupling":
+        """p q^T."""
+        return Coupling(*(Mat(*(row * q_i for q_i in column)) for row in p for column in q))
+
+    def __neg__(self):
+        return self.map(torch.neg)
+
+    def inertia(self) -> Inertia:
+        """self, which is symmetric."""
+        return Inertia(self.aa.symmetric(), self.al, self.ll.symmetric())
+
+    def from_both(self, d: Vec) -> Inertia:
+        """T^T self: the inertia self was made of, about the point d away."""
+        rot = Mat(*(a - d.cross(b) for a, b in zip(self.aa, self.la)))
+        cross = Mat(*(a - d.cross(b) for a, b in zip(self.al, self.ll)))
+        return Inertia(rot.symmetric(), cross, self.ll.symmetric())
+
+    def rows(self) -> list[list[Tensor]]:
+        """Six rows of six entries."""
+        top = [(*a, *b) for a, b in zip(self.aa.transposed(), self.al.transposed())]
+        return top + [(*a, *b) for a, b in zip(self.la.transposed(), self.ll.transposed())]
+
+    def map(self, f):
+        return Coupling(*(m.map(f) for m in self))
 
 
 def quat_to_mat(w, x, y, z) -> Mat:

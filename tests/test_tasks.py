@@ -17,7 +17,7 @@ from tests import ROOT
 
 NAMES = list(diffsim.TASKS)
 SIZES = dict(cartpole=(5, 1), hopper=(11, 3), cheetah=(17, 6), walker=(17, 6), ant=(37, 8))
-SIZES |= dict(anymal=(49, 12), humanoid=(76, 21))
+SIZES |= dict(anymal=(49, 12), humanoid=(76, 21), push=(16, 2), hand=(72, 16))
 SIZES |= {"Ant-v5": (27, 8), "Hopper-v5": (11, 3), "HalfCheetah-v5": (17, 6), "Walker2d-v5": (17, 6)}
 SIZES |= {"Humanoid-v5": (45, 17)}
 
@@ -114,6 +114,9 @@ HEADING = 1.1 * math.cos(0.3)
         ("anymal", {2: 0.5, **dict(zip((3, 4, 5, 6), TILT))}, {0: 2.0}, 2.0 + HEADING + 0.25 - 0.005 * 12 * 0.25),
         ("humanoid", {2: 1.3, **dict(zip((3, 4, 5, 6), TILT))}, {0: 2.0}, 2.0 + HEADING + 1 - 0.002 * 21 * 0.25),
         ("humanoid", {2: 0.8}, {0: 0.0}, 1.1 - 200 * 0.0016 - 0.002 * 21 * 0.25),
+        ("push", {2: 0.3, 3: 0.4, 10: 0.0}, {}, -0.5 - 0.3 * 0.5 - 0.01 * 2 * 0.25),  # the arm is stretched along x
+        ("hand", {18: 0.61, 19: TILT[0], 21: TILT[2]}, {}, 1 / 0.4 - 10 * 0.05 - 2e-4 * 16 * 0.25),
+        ("hand", {18: 0.56, 19: 0.9992, 20: 0.04}, {}, 1 / (2 * math.asin(0.04) + 0.1) + 125 - 2e-4 * 16 * 0.25),
     ],
 )
 def test_reward_of_a_state_computed_by_hand(name, qpos, qvel, expected):
@@ -126,12 +129,27 @@ def test_reward_of_a_state_computed_by_hand(name, qpos, qvel, expected):
 @pytest.mark.parametrize(
     "name, row, alive, fallen",
     [("hopper", 1, 0.81, 0.79), ("walker", 1, 0.81, 0.79), ("ant", 2, 0.28, 0.26), ("anymal", 2, 0.26, 0.24),
-     ("humanoid", 2, 0.75, 0.73), ("cheetah", 1, -0.5, None), ("cartpole", 0, 3.9, None)],
+     ("humanoid", 2, 0.75, 0.73), ("hand", 18, 0.321, 0.319),
+     ("cheetah", 1, -0.5, None), ("cartpole", 0, 3.9, None)],
 )  # fmt: skip
 def test_termination(name, row, alive, fallen):
     env = make(name, 1)
     assert not env.task.terminated(*state(env, {row: alive}))
     assert fallen is None or env.task.terminated(*state(env, {row: fallen}))
+
+
+def test_a_goal_that_is_reached_gives_way_to_the_next():
+    env = make("hand", 2)
+    env.qpos[26:30, 0] = env.qpos[19:23, 0]
+    goal = env.qpos[23:30].clone()
+    state = env.get_state()
+    obs, reward, terminated, truncated, info = env.step(torch.zeros(2, 16))
+    assert float(reward[0]) > 100 > float(reward[1]) and not terminated.any() and "episode" not in info
+    assert torch.equal(obs, info["final_obs"]) and torch.equal(obs[:, 45:52].T, env.qpos[23:30])
+    moved = (env.qpos[23:30] - goal).abs()
+    assert moved[3:, 0].max() > 0.1 and max(moved[:3].max(), moved[3:, 1].max()) < 1e-6
+    env.set_state(state)  # and goes on from a checkpoint with the same goals
+    assert torch.equal(env.step(torch.zeros(2, 16))[0], obs)
 
 
 def test_anymal_has_the_robots_mass_and_stands_on_its_feet():
@@ -260,6 +278,9 @@ BROKEN = [  # of a class that derives from cartpole's: an attribute, its value, 
     ("substeps", 2.0, "substeps is 2.0"),
     ("max_episode_steps", 0, "max_episode_steps is 0"),
     ("max_episode_steps", None, "max_episode_steps is None"),
+    ("collisions", 1, "collisions is 1; it must be True or False"),
+    ("renew", lambda *_: None, "renew returned a NoneType, expected two: qpos, qvel"),
+    ("renew", lambda s, q, v, g: (q[:1], v), r"renew returned shape \(1, 2\) for 2 environments, expected .* \(2, 2\)"),
     ("xml", 3, "xml is a int; it must be the path"),
     ("xml", WITHOUT_ACTUATOR, "xml has no actuator"),
     ("__init__", lambda self, size: None, r"\(\) raised TypeError: .* missing 1 .*; a task is made without arguments"),

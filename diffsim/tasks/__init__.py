@@ -13,14 +13,16 @@ from diffsim.tasks.cartpole import Cartpole
 from diffsim.tasks.check import described, instance
 from diffsim.tasks.cheetah import Cheetah
 from diffsim.tasks.gymnasium_twins import AntV5, HalfCheetahV5, HopperV5, HumanoidV5, Walker2dV5
+from diffsim.tasks.hand import Hand
 from diffsim.tasks.hopper import Hopper
 from diffsim.tasks.humanoid import Humanoid
+from diffsim.tasks.push import Push
 from diffsim.tasks.walker import Walker
 
 TASKS: dict[str, type[Task]] = {
     "cartpole": Cartpole, "hopper": Hopper, "cheetah": Cheetah, "walker": Walker, "ant": Ant, "anymal": Anymal,
-    "humanoid": Humanoid, "Ant-v5": AntV5, "Hopper-v5": HopperV5, "HalfCheetah-v5": HalfCheetahV5,
-    "Walker2d-v5": Walker2dV5, "Humanoid-v5": HumanoidV5,
+    "humanoid": Humanoid, "push": Push, "hand": Hand, "Ant-v5": AntV5, "Hopper-v5": HopperV5,
+    "HalfCheetah-v5": HalfCheetahV5, "Walker2d-v5": Walker2dV5, "Humanoid-v5": HumanoidV5,
 }  # fmt: skip
 
 

@@ -24,7 +24,8 @@ class Task:
     physics: engine that runs it unless another is asked for
     own_integrator: on MuJoCo's physics the MJCF's integrator, not Euler
     runs: whether it runs along x for its reward, so that its speed is of interest
-    warn_of_self_collision: links never touch each other; say so where MuJoCo's would
+    collisions: whether bodies touch each other, too, not the ground alone
+    warn_of_self_collision: say which pairs never touch and would in MuJoCo
     """
 
     xml: str | Path
@@ -34,6 +35,7 @@ class Task:
     physics = "diffsim"
     own_integrator = False
     runs = False
+    collisions = False
     warn_of_self_collision = True
 
     def reset(self, model, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,10 @@ class Task:
     def terminated(self, qpos: Tensor, qvel: Tensor) -> Tensor:
         """Which episodes end here (B,), bool; time limits are the environment's business."""
         return torch.zeros(qpos.shape[1], dtype=torch.bool, device=qpos.device)
+
+    def renew(self, qpos: Tensor, qvel: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The state an episode goes on from after its reward: with the next goal, where one was reached."""
+        return qpos, qvel
 
 
 def uniform(model, rows: int, count: int, width: float, generator: torch.Generator) -> Tensor:

@@ -46,7 +46,7 @@ def check_settings(task: Task):
         value = getattr(task, setting)
         if not (isinstance(value, Integral) and 1 <= value <= 2**31):
             raise ValueError(f"{name}.{setting} is {value!r}; it must be a whole number between 1 and 2^31")
-    for setting in ("own_integrator", "runs", "warn_of_self_collision"):
+    for setting in ("own_integrator", "runs", "collisions", "warn_of_self_collision"):
         if not isinstance(value := getattr(task, setting), bool):
             raise ValueError(f"{name}.{setting} is {value!r}; it must be True or False")
 
@@ -70,12 +70,7 @@ def check_methods(task: Task, model, differentiable: bool = False) -> int:
         raise ValueError(f"{type(task).__name__}.xml has no actuator: there is nothing to act with")
     generator, obs_dim = torch.Generator(device=model.device).manual_seed(0), "obs_dim"
     for count in (2, 1):  # a reset may ignore its count, a squeeze may take a batch of one for no batch
-        drawn = call(task, "reset", model, count, generator)
-        if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
-            found = f"{len(drawn)} values" if isinstance(drawn, (tuple, list)) else f"a {type(drawn).__name__}"
-            raise ValueError(f"{type(task).__name__}.reset returned {found}, expected two: qpos, qvel")
-        for x, rows in zip(drawn, (model.nq, model.nv)):
-            check(task, "reset", x, (rows, count), model, model.dtype)
+        drawn = state(task, "reset", model, count, generator, model=model, count=count)
         arguments = dict(zip(("qpos", "qvel"), drawn), action=drawn[0].new_zeros(model.nu, count))
         arguments["action"].uniform_(-1, 1, generator=generator)
         arguments = {k: x.detach().requires_grad_(differentiable) for k, x in arguments.items()}
@@ -99,7 +94,19 @@ def check_methods(task: Task, model, differentiable: bool = False) -> int:
                 raise ValueError(f"{type(task).__name__}.{method} of one environment {text}")
             if method == "observe":
                 obs_dim = len(x)
+        state(task, "renew", qpos, qvel, generator, model=model, count=count)
     return obs_dim
+
+
+def state(task: Task, method: str, *args, model, count: int) -> tuple[Tensor, Tensor]:
+    """qpos, qvel that a method returned."""
+    found = call(task, method, *args)
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        what = f"{len(found)} values" if isinstance(found, (tuple, list)) else f"a {type(found).__name__}"
+        raise ValueError(f"{type(task).__name__}.{method} returned {what}, expected two: qpos, qvel")
+    for x, rows in zip(found, (model.nq, model.nv)):
+        check(task, method, x, (rows, count), model, model.dtype)
+    return found
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,115 @@
+"""Contact of two bodies, a sphere of one and a rounded box of the other (model.Pairs), by the law of contact.py.
+
+At the point r, u = n n.(v_a - v_b) + (the rest) is the velocity of link a's point relative to that of the other body b.
+Over a substep the impulse on a, whose opposite acts on b, is
+
+    h f = j_n n - W u',    W = w_n n n^T + w_t (1 - n n^T)
+
+n is the normal, from b to a, and u' the relative velocity after the substep, so that W joins the two bodies:
+
+    A += G^T W G,    b += G^T n j_n,    u = G v = G_a v_a - G_b v_b,    G_a = [-[r]x, 1] about the origin of a's tree
+
+Both sides are built from one 6x6 matrix N = G_a^T W G_a and one impulse, seen from b's origin for b: action = reaction.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffsim.contact import friction_weight, normal_law
+from diffsim.kinematics import Frame
+from diffsim.model import Pairs, Softness
+from diffsim.spatial import Inertia, Mat, Spatial, Sym, Vec
+
+
+class PairTerms(NamedTuple):
+    """The points of a set of pairs, (p, n, B)."""
+
+    gap: Tensor
+    pos: Vec  # r, about the origin of a's tree
+    shift: Vec  # from there to b's origin
+    normal: Vec
+    slide: Vec  # u less its part along the normal
+    f_n: Tensor
+    w_t: Tensor
+    w_n: Tensor
+    j_n: Tensor
+
+    def relative(self, a: Spatial, b: Spatial | None) -> Vec:
+        """Velocity of a's points less that of b's under twists of the links, (n, B); b: None for the world."""
+        p, n, _ = self.gap.shape
+        a, b = (None if x is None else x.map(lambda t: t.expand(p, n, -1)) for x in (a, b))
+        return _relative(a, b, self.pos, self.shift)
+
+    def to_other(self) -> Vec:
+        """From a's origin to b's, (n, B)."""
+        return self.shift.map(lambda t: t[0])
+
+    def impulse(self) -> Spatial:
+        """On a, about its origin: (n, B)."""
+        lin = self.normal * self.j_n
+        return Spatial(self.pos.cross(lin), lin).map(lambda t: t.sum(0))
+
+    def inertia(self) -> Inertia:
+        """N of all points of a link, about a's origin: (n, B)."""
+        r, n, w = self.pos, self.normal, self.w_t
+        m, wr = r.cross(n), r * w  # G_a^T n = (m, n)
+        dn, dm = n * (self.w_n - w), m * (self.w_n - w)
+        xx, yy, zz = r.x * wr.x, r.y * wr.y, r.z * wr.z
+        rot = Sym(
+            yy + zz + m.x * dm.x, zz + xx + m.y * dm.y, xx + yy + m.z * dm.z,
+            m.x * dm.y - r.x * wr.y, m.x * dm.z - r.x * wr.z, m.y * dm.z - r.y * wr.z,
+        )  # fmt: skip
+        a, b, c = (m * dn_i for dn_i in dn)
+        cross = Mat(
+            Vec(a.x, a.y + wr.z, a.z - wr.y), Vec(b.x - wr.z, b.y, b.z + wr.x), Vec(c.x + wr.y, c.y - wr.x, c.z)
+        )
+        lin = Sym(w + n.x * dn.x, w + n.y * dn.y, w + n.z * dn.z, n.x * dn.y, n.x * dn.z, n.y * dn.z)
+        return Inertia(rot, cross, lin).map(lambda t: t.sum(0))
+
+    def residual(self, u: Vec, u_lam: Vec) -> Tensor:
+        """u_lam . (n j_n - W u)."""
+        u_n, lam_n = self.normal.dot(u), self.normal.dot(u_lam)
+        return lam_n * (self.j_n - (self.w_n - self.w_t) * u_n) - self.w_t * u_lam.dot(u)
+
+
+def pair_terms(
+    pairs: Pairs, i: int, frames: list[Frame], twists: list[Spatial], softness: Softness, h: float
+) -> PairTerms:
+    """The law where every sphere of these pairs of group i is closest to its core."""
+
+    def of(k):
+        return (x.map(lambda t: t.expand(*pairs.k.shape[:2], -1)) for x in (*frames[k][:3], twists[k]))
+
+    pos, rot, origin, a_vel = of(i)
+    if pairs.other < 0:
+        b_pos, b_rot, b_vel, shift = -origin, None, None, -origin
+    else:
+        b_pos, b_rot, b_origin, b_vel = of(pairs.other)
+        shift = b_origin - origin
+        b_pos = b_pos + shift  # about a's origin, as all that follows
+    (s_pos, s_rot), (c_pos, c_rot) = ((b_pos, b_rot), (pos, rot)) if pairs.swapped else ((pos, rot), (b_pos, b_rot))
+    centre = s_pos + _turn(s_rot, pairs.point)
+    core = c_pos if pairs.core is None else c_pos + _turn(c_rot, pairs.core)
+    axes = c_rot if pairs.axes is None else pairs.axes if c_rot is None else c_rot @ pairs.axes
+    away = centre - core if axes is None else axes.transpose_times(centre - core)
+    d = Vec(*(x - torch.clamp(x, -half, half) for x, half in zip(away, pairs.half)))  # from the core's closest point
+    dist = torch.sqrt(d.dot(d) + 1e-12)
+    normal = _turn(axes, d) * (1.0 / dist)
+    point = centre - normal * pairs.radius
+    normal = -normal if pairs.swapped else normal
+    u = _relative(a_vel, b_vel, point, shift)
+    u_n = normal.dot(u)
+    slide, gap = u - normal * u_n, dist - pairs.reach
+    f_n, w_n, j_n = normal_law(gap, u_n, pairs.k, pairs.damping, softness.contact_width, h)
+    w_t = friction_weight(f_n, slide.dot(slide), pairs.friction, softness.slip, h)
+    return PairTerms(gap, point, shift, normal, slide, f_n, w_t, w_n, j_n)
+
+
+def _turn(rot: Mat | None, v: Vec) -> Vec:
+    return v if rot is None else rot @ v
+
+
+def _relative(a: Spatial, b: Spatial | None, point: Vec, shift: Vec) -> Vec:
+    return a.at(point) if b is None else a.at(point) - b.at(point - shift)
