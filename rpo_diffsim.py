@@ -301,7 +301,7 @@ if __name__ == "__main__":
     actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
     run.restore(
-        average, env, average=average, normalizer=normalizer, actor=actor, critic=critic, target_critic=target_critic,
+        average, env, actor=actor, average=average, normalizer=normalizer, critic=critic, target_critic=target_critic,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
     )  # fmt: skip
 

@@ -264,7 +264,7 @@ if __name__ == "__main__":
     temperature_optimizer = torch.optim.Adam(temperature, args.entropy_learning_rate)
     target_entropy = -act_dim / 2
     run.restore(
-        average, env, average=average, normalizer=normalizer, actor=actor, critic=critic, target_critic=target_critic,
+        average, env, actor=actor, average=average, normalizer=normalizer, critic=critic, target_critic=target_critic,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, temperature=temperature,
         temperature_optimizer=temperature_optimizer,
     )  # fmt: skip
