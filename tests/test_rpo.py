@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 import diffsim
 import rpo_diffsim as rpo
-from tests import TINY, WINDOWS, command_line, rows
+from tests import TINY, command_line, rows
 from tests.test_shac import learned
 
 
@@ -142,10 +142,10 @@ def test_proposition_1_on_a_linear_quadratic_problem():
         assert error < 0.01 and abs(float(ours - exact)) < 4 * error
 
 
-def after_run(tmp_path, *flags, script="rpo_diffsim.py") -> dict:
+def after_run(tmp_path, *flags) -> dict:
     """What the script's names stand for at the end of its run."""
-    with command_line(script, *TINY, *flags, "--run-dir", tmp_path):
-        return runpy.run_path(script, run_name="__main__")
+    with command_line("rpo_diffsim.py", *TINY, *flags, "--run-dir", tmp_path):
+        return runpy.run_path("rpo_diffsim.py", run_name="__main__")
 
 
 def test_kl_and_share_inside_are_those_after_the_last_update(tmp_path):
@@ -258,8 +258,7 @@ def test_no_sample_counts_more_than_its_bound(tmp_path):
     assert float(norms.max()) == pytest.approx(0.8, rel=1e-5) and float(norms.min()) < 0.79
 
 
-@pytest.mark.parametrize("script", WINDOWS)
-def test_the_averaged_policy_is_the_one_that_is_kept(script, tmp_path):
+def test_the_averaged_policy_is_the_one_that_is_kept(tmp_path):
     """One update of it is between the first policy (nearly all kept) and the last (nothing kept)."""
     first, last, between = (
         after_run(
