@@ -64,7 +64,7 @@ def setting(group: pd.DataFrame) -> str:
     """The flags that make a variant: not its engine, budget and evaluations."""
     own = r"--(physics|total-timesteps|eval-every|algorithm|minutes|evaluations) \S+ ?"
     flags = re.sub(own, "", group["flags"].iloc[0]).strip()
-    return "near the paper's" if group.tag.iloc[0] == "paper" else f"`{flags}`" if flags else "defaults"
+    return "the paper's" if group.tag.iloc[0] == "paper" else f"`{flags}`" if flags else "defaults"
 
 
 def ppo_after(group: pd.DataFrame, key: str, spent: float) -> str:

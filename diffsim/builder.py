@@ -324,5 +324,6 @@ class _Builder:
         pairs = [pair for pair in moving_pairs(self.m) if not (self.collisions and can_touch(self.m, *pair))]
         if pairs:
             names = " and ".join(label(self.m, "geom", i) for i in pairs[0])
-            message = f"contact between moving geoms is ignored ({len(pairs)} pairs, {names} first)"
+            why = "which can only touch where diffsim/README.md says" if self.collisions else "see Task.collisions"
+            message = f"contact between moving geoms is ignored ({len(pairs)} pairs, {names} first): {why}"
             warnings.warn(message, SelfCollisionWarning, stacklevel=4)

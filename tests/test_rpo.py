@@ -261,9 +261,7 @@ def test_no_sample_counts_more_than_its_bound(tmp_path):
 def test_the_averaged_policy_is_the_one_that_is_kept(tmp_path):
     """One update of it is between the first policy (nearly all kept) and the last (nothing kept)."""
     first, last, between = (
-        after_run(
-            tmp_path / keep, *f"--env cartpole --total-timesteps 4 --policy-average {keep}".split(), script=script
-        )
+        after_run(tmp_path / keep, *f"--env cartpole --total-timesteps 4 --policy-average {keep}".split())
         for keep in ("0.999999999", "0", "0.25")
     )
     old, new = (nn.utils.parameters_to_vector(run["average"].parameters()) for run in (first, last))
