@@ -36,13 +36,14 @@ class GymnasiumEnv:
 
     def __init__(self, name: str, num_envs: int = 1, seed: int = 0, unit_actions: bool = False, **kwargs):
         memory.check(num_envs, 100_000)
+
+        def make():
+            env = gymnasium.make(name, **kwargs)
+            return RescaleAction(env, np.float32(-1), np.float32(1)) if unit_actions else env
+
         mujoco.set_mju_user_warning(lambda message: None)  # what is deprecated in its files is Gymnasium's business
         try:
-            rescaled = (
-                (lambda env: RescaleAction(env, np.float32(-1), np.float32(1))) if unit_actions else (lambda env: env)
-            )
-            makers = [lambda: rescaled(gymnasium.make(name, **kwargs))] * num_envs
-            self.envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+            self.envs = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
         except (gymnasium.error.Error, ImportError) as e:
             raise ValueError(f"env '{name}': Gymnasium cannot make it: {' '.join(str(e).split())}") from None
         finally:
