@@ -97,7 +97,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self.qpos, self.qvel = qpos, qvel
         self.last_action = qpos.new_zeros(self.model.nu, self.num_envs)
         self.episode_length = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
-        self.episode_return = qpos.new_zeros(self.num_envs)
+        self.episode_return, self.episode_successes = qpos.new_zeros(2, self.num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
         """Start every episode anew: observation (B, obs_dim) without gradient.
@@ -127,8 +127,9 @@ class DiffEnv(gymnasium.vector.VectorEnv):
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """action (B, nu) -> obs (B, obs_dim), reward, terminated, truncated (B,), info.
 
-        info: "final_obs" (B, obs_dim), before any reset; "episode" {"r", "l"} with the mask "_episode", for
-        episodes that ended in this step; "nonfinite" (B,), episodes ended because their state was not finite.
+        info: "final_obs" (B, obs_dim), before any reset; "episode" {"r", "l"}, of a task with goals "successes", too,
+        with the mask "_episode", for episodes that ended in this step; "nonfinite" (B,), episodes ended because their
+        state was not finite.
         """
         action = as_action(action, self.action_space.shape, self.device, self.dtype)
         action = torch.clamp(action, -1.0, 1.0).T  # (nu, B)
@@ -144,17 +145,23 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             qpos, qvel, action = self._replace(nonfinite, qpos, qvel, action)
         reward = self.task.transition_reward(self.qpos, qpos, qvel, action)
         terminated = self.task.terminated(qpos, qvel)
+        success = self.task.success(qpos, qvel)
         qpos, qvel = self.task.renew(qpos, qvel, self._generator)
         final_obs = self._observe(qpos, qvel, action)
         if any_nonfinite:
             reward, terminated = torch.where(nonfinite, 0.0, reward), terminated | nonfinite
         truncated = (self.episode_length >= self.max_episode_steps) & ~terminated
         self.episode_return = self.episode_return + reward.detach()
+        if success is not None:
+            self.episode_successes = self.episode_successes + torch.where(nonfinite, False, success)
 
         info = {"final_obs": final_obs, "nonfinite": nonfinite}
         done, obs = terminated | truncated, final_obs
         if bool(done.any()):
             info["episode"] = {"r": self.episode_return, "l": self.episode_length}
+            if success is not None:
+                info["episode"]["successes"] = self.episode_successes
+                self.episode_successes = torch.where(done, 0.0, self.episode_successes)
             info["_episode"] = done
             qpos, qvel, action = self._replace(done, qpos, qvel, action)
             obs = torch.where(done[:, None], self._observe(qpos, qvel, action).detach(), final_obs)
@@ -234,7 +241,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
 
     def get_state(self) -> dict[str, Tensor]:
         """Everything that decides the future: physics, counters, random generator."""
-        names = ("qpos", "qvel", "last_action", "episode_length", "episode_return")
+        names = ("qpos", "qvel", "last_action", "episode_length", "episode_return", "episode_successes")
         state = {n: getattr(self, n).detach().clone() for n in names}
         state |= dict(start_qpos=self._starts[0].clone(), start_qvel=self._starts[1].clone())
         return {**state, "generator": self._generator.get_state()}
@@ -253,7 +260,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             rows = slice(1 if name.startswith("start_") else None)  # there are as many starts as are left
             if state[name].shape[rows] != own.shape[rows] or state[name].ndim != own.ndim:
                 raise ValueError(f"state has {name} {tuple(state[name].shape)}, this environment {tuple(own.shape)}")
-        for name in ("qpos", "qvel", "last_action", "episode_length", "episode_return"):
+        for name in ("qpos", "qvel", "last_action", "episode_length", "episode_return", "episode_successes"):
             setattr(self, name, state[name].to(before[name]).clone())
         self._starts = [state[n].to(self.qpos.detach()).clone() for n in ("start_qpos", "start_qvel")]
         self._generator.set_state(state["generator"].cpu())

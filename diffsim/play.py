@@ -72,8 +72,8 @@ def starts(env, episodes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     """First episode of the first `episodes` environments. Returns per episode: return, length, speed (m/s along x),
     limit_violation (rad or m past a joint's stop), penetration (m of a geom into the ground), saturation (share of the
-    actions beyond 95 % of their bound), and the qpos of environment 0 (T, nq). Of a Gymnasium environment: return,
-    length and, where it runs on MuJoCo, qpos."""
+    actions beyond 95 % of their bound), of a task with goals successes, and the qpos of environment 0 (T, nq). Of a
+    Gymnasium environment: return, length and, where it runs on MuJoCo, qpos."""
     if isinstance(env, GymnasiumEnv):
         return _rollout_gymnasium(env, policy, episodes, seed)
     free = without_margins(env.model)
@@ -85,6 +85,7 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     running = torch.ones(batch, dtype=torch.bool)
     total, length = torch.zeros(batch), torch.zeros(batch)
     violation, depth, saturated = torch.zeros(batch), torch.zeros(batch), torch.zeros(batch)
+    successes = None
     start, end = env.qpos[0].clone(), env.qpos[0].clone()
     limited = np.flatnonzero(m.jnt_limited & (m.jnt_type >= 2))
     rows = torch.as_tensor(m.jnt_qposadr[limited], dtype=torch.long)
@@ -96,6 +97,9 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
         total += torch.where(running, reward, 0.0)
         saturated += torch.where(running, (action.abs() > 0.95).float().mean(-1), 0.0)
         length += running
+        if "successes" in info.get("episode", {}):
+            before = torch.zeros(batch) if successes is None else successes
+            successes = torch.where(running & info["_episode"], info["episode"]["successes"], before)
         going = running & ~(terminated | truncated)  # the rest has been reset, its state is a new episode's
         q = env.qpos
         if len(limited):
@@ -112,6 +116,7 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
             break
     values = dict(length=length, speed=(end - start) / (length * env.control_dt), saturation=saturated / length)
     values |= {"return": total, "limit_violation": violation, "penetration": depth}
+    values |= {} if successes is None else dict(successes=successes)
     return {**{k: v[:episodes].numpy() for k, v in values.items()}, "qpos": np.stack(frames)}
 
 
@@ -206,8 +211,8 @@ def main():
         print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy", flush=True)
         result = rollout(env, policy, args.episodes, args.seed)
         for key, unit in (
-            ("return", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"), ("penetration", "m"),
-            ("saturation", ""),
+            ("return", ""), ("successes", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"),
+            ("penetration", "m"), ("saturation", ""),
         ):  # fmt: skip
             x = result.get(key)
             if x is None or (key == "speed" and not env.task.runs):

@@ -150,6 +150,9 @@ def test_a_goal_that_is_reached_gives_way_to_the_next():
     assert moved[3:, 0].max() > 0.1 and max(moved[:3].max(), moved[3:, 1].max()) < 1e-6
     env.set_state(state)  # and goes on from a checkpoint with the same goals
     assert torch.equal(env.step(torch.zeros(2, 16))[0], obs)
+    env.episode_length[:] = env.max_episode_steps - 1
+    info = env.step(torch.zeros(2, 16))[-1]
+    assert info["episode"]["successes"].tolist() == [1, 0] and not env.episode_successes.any()
 
 
 def test_anymal_has_the_robots_mass_and_stands_on_its_feet():
@@ -279,6 +282,7 @@ BROKEN = [  # of a class that derives from cartpole's: an attribute, its value, 
     ("max_episode_steps", 0, "max_episode_steps is 0"),
     ("max_episode_steps", None, "max_episode_steps is None"),
     ("collisions", 1, "collisions is 1; it must be True or False"),
+    ("success", lambda s, q, v: q[0], "success returned torch.float32, expected torch.bool"),
     ("renew", lambda *_: None, "renew returned a NoneType, expected two: qpos, qvel"),
     ("renew", lambda s, q, v, g: (q[:1], v), r"renew returned shape \(1, 2\) for 2 environments, expected .* \(2, 2\)"),
     ("xml", 3, "xml is a int; it must be the path"),

@@ -58,6 +58,10 @@ class Task:
         """Which episodes end here (B,), bool; time limits are the environment's business."""
         return torch.zeros(qpos.shape[1], dtype=torch.bool, device=qpos.device)
 
+    def success(self, qpos: Tensor, qvel: Tensor) -> Tensor | None:
+        """Whether a goal is reached in this step (B,), bool: counted beside the return. None: the task has no goals."""
+        return None
+
     def renew(self, qpos: Tensor, qvel: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The state an episode goes on from after its reward: with the next goal, where one was reached."""
         return qpos, qvel

@@ -20,7 +20,7 @@ class Hand(Task):
     control_dt = 1 / 120
     max_episode_steps = 600
     collisions = True
-    reached = 0.1  # rad
+    tolerance = 0.1  # rad
     lost = 0.24  # m
 
     @cached_property
@@ -51,16 +51,19 @@ class Hand(Task):
 
     def bonus(self, angle: Tensor) -> Tensor:
         """At most 125 at a goal: the paper's second sigmoid is 1/2 there, not 1. It has a slope only within 5 mrad of
-        `reached`, which no window meets but to be thrown off by: so it has no gradient here."""
-        reached = torch.sigmoid((self.reached - angle) / 1e-3)
+        `tolerance`, which no window meets but to be thrown off by: so it has no gradient here."""
+        reached = torch.sigmoid((self.tolerance - angle) / 1e-3)
         return 250 * torch.sigmoid((reached - 1) / 1e-3)
 
     def terminated(self, qpos, qvel):
         return self.distance(qpos) >= self.lost
 
+    def success(self, qpos, qvel):
+        return self.angle(qpos) <= self.tolerance
+
     def renew(self, qpos, qvel, generator):
         turn = random_turn(torch.rand(2, qpos.shape[1], generator=generator, dtype=qpos.dtype, device=qpos.device))
-        goal = torch.where(self.angle(qpos) <= self.reached, turn, qpos[GOAL][3:])
+        goal = torch.where(self.success(qpos, qvel), turn, qpos[GOAL][3:])
         return torch.cat([qpos[:26], goal]), qvel
 
     @staticmethod
