@@ -120,6 +120,7 @@ DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000),
     "anymal": dict(total_timesteps=3_000_000),
+    "hand": dict(total_timesteps=4_100_000, horizon=32),
     "humanoid": BIG_CRITIC | dict(horizon=16, actor_learning_rate=7e-4, actor_hidden=(256, 128)),  # windows see a fall
     "ant on mujoco": ON_MUJOCO | BIG_CRITIC | dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,

@@ -64,21 +64,23 @@ def _draw(binary: str, frames: str, control_dt: str, path: str):
     m.vis.headlight.ambient[:], m.vis.headlight.diffuse[:] = 0.35, 0.55
     data, camera = mujoco.MjData(m), mujoco.MjvCamera()
     camera.distance, camera.elevation, camera.azimuth = 3.9, -15, 90
+    still = m.ncam > 0 and m.cam_mode[0] == mujoco.mjtCamLight.mjCAMLIGHT_FIXED  # the file says where to look from
     renderer = mujoco.Renderer(m, HEIGHT, WIDTH)
     qpos = qpos[:: max(1, round(1 / FPS / float(control_dt)))]
     writer = imageio_ffmpeg.write_frames(path, (WIDTH, HEIGHT), fps=FPS)
     writer.send(None)
     strip = []
-    start = STRIP_START if len(qpos) > STRIP_START + STRIP_EVERY * STRIP_FRAMES else 0
+    start = STRIP_START if len(qpos) > STRIP_START + STRIP_EVERY * STRIP_FRAMES and not still else 0
+    every = max(1, len(qpos) // STRIP_FRAMES) if still else STRIP_EVERY
     for t, q in enumerate(qpos):
         data.qpos[:] = q
         mujoco.mj_kinematics(m, data)
         mujoco.mj_camlight(m, data)
         camera.lookat[:] = data.xpos[1] * (1, 1, 0.7)  # between the root and the ground
-        renderer.update_scene(data, camera)
+        renderer.update_scene(data, 0 if still else camera)
         frame = renderer.render()
         writer.send(np.ascontiguousarray(frame))
-        if t >= start and (t - start) % STRIP_EVERY == 0 and len(strip) < STRIP_FRAMES:
+        if t >= start and (t - start) % every == 0 and len(strip) < STRIP_FRAMES:
             strip.append(frame[STRIP].copy())
     writer.close()
     matplotlib.image.imsave(Path(path).with_suffix(".png"), np.concatenate(strip, 1))

@@ -12,7 +12,7 @@ XML = """<mujoco model="push">
     </default>
   </default>
   <worldbody>
-    <light pos="0 0 3"/>
+    <light pos="0 0 3"/><camera pos=".15 -.95 1.4" xyaxes="1 0 0 0 .81 .58"/>
     <geom type="plane" size="2 2 .1" rgba=".8 .8 .8 1"/>
     <body pos="0 0 .05">
       <joint name="shoulder" axis="0 0 1"/><geom class="link"/>
