@@ -371,7 +371,7 @@ def normalized(normalizer, sample: dict) -> dict:
 
 
 if __name__ == "__main__":
-    args = parse(Args, DEFAULTS)
+    args = parse(Args, DEFAULTS, one_process=True)
     num_iterations = max(1, args.total_timesteps // args.num_envs)
     if not args.unroll < min(args.buffer_size, args.learning_starts) // args.num_envs < num_iterations:
         fail("--learning-starts must lie above --unroll x --num-envs, as --buffer-size, and below --total-timesteps")
