@@ -39,8 +39,8 @@ def play_rank(rank: int, folder: Path, function, args):
     torch.save(function(*args), folder / f"result{rank}")
 
 
-def on_two_ranks(folder: Path, function, *args) -> list:
-    """function(*args) as two processes compute it."""
+def on_two_ranks(folder: Path, function, *args, said="") -> list:
+    """function(*args) as two processes compute it; what they say on stderr."""
     import_compiler()  # once, not in each fork
     folder.mkdir()
     forks = [multiprocessing.get_context("fork").Process(target=play_rank, args=(rank, folder, function, args))
@@ -50,9 +50,9 @@ def on_two_ranks(folder: Path, function, *args) -> list:
     for fork in forks:
         fork.join(60)
         fork.kill()
-    said = "".join((folder / f"err{rank}").read_text() for rank in (0, 1))
-    assert [fork.exitcode for fork in forks] == [0, 0], said
-    assert (folder / "out1").read_text() == (folder / "err1").read_text() == ""  # rank 0 speaks
+    out, err = ("".join((folder / f"{name}{rank}").read_text() for rank in (0, 1)) for name in ("out", "err"))
+    assert [fork.exitcode for fork in forks] == [0, 0], err
+    assert re.fullmatch(said, err.strip()) and out == (folder / "out0").read_text()  # one line, and rank 0 speaks
     return [torch.load(folder / f"result{rank}") for rank in (0, 1)]
 
 
@@ -172,6 +172,35 @@ def test_two_ranks_stay_equal_and_a_resumed_run_equals_another(script, arm, tmp_
     (other,) = one["others"]
     assert not torch.equal(other["env"]["qpos"], one["env"]["qpos"]) and not torch.equal(other["rng"], one["rng"])
     assert one["global_step"] == 32 and one["env"]["qpos"].shape[1] == 2  # --num-envs is the number over all processes
+
+
+def misfortune(what: str, *args) -> int:
+    """The exit code of a run of which the second process alone has a NaN in a state, or gets a signal."""
+    lap = Run.lap
+
+    def strike(self, name):
+        lap(self, name)
+        if ranks.RANK and self.iteration == 2 and name == "critic":
+            if what == "signal":
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                self.env.qpos[0, 0] = torch.nan
+
+    Run.lap = strike
+    with command_line("rpo_diffsim.py", *args), pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "rpo_diffsim.py"), run_name="__main__")
+    return stopped.value.code
+
+
+def test_what_befalls_one_process_ends_all(tmp_path):
+    args = small("rpo_diffsim.py", "cartpole", tmp_path / "run", save_every=8, num_envs=4)
+    said = r"rpo_diffsim.py: iteration 2: env.qpos is not finite; the last good checkpoint is .*checkpoint.pt"
+    assert on_two_ranks(tmp_path / "nan", misfortune, "nan", *args, said=said) == [1, 1]
+    resumed = ["--resume", the_run(tmp_path / "run")]
+    assert torch.load(resumed[1] / "checkpoint.pt", weights_only=True)["iteration"] == 2
+    said = "finishing this iteration; after 30 s torchrun ends it, unsaved"
+    assert on_two_ranks(tmp_path / "signal", misfortune, "signal", *resumed, said=said) == [143, 143]
+    assert torch.load(resumed[1] / "checkpoint.pt", weights_only=True)["iteration"] == 3
 
 
 def test_what_two_processes_cannot_do_is_one_line(tmp_path, refused, monkeypatch):
