@@ -232,8 +232,7 @@ if __name__ == "__main__":
     run = Run(args, num_iterations, batch_size)
 
     with one_line_errors(), ranks.in_turn():
-        num_envs, engine = ranks.share(args.num_envs), dict(physics=args.physics, device=args.device)
-        env = diffsim.make(args.env, num_envs, seed=ranks.seed(args.seed), compile=args.compile, **engine)
+        env = diffsim.make(args.env, ranks.share(args.num_envs), seed=ranks.seed(args.seed), **args.engine())
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -241,7 +240,7 @@ if __name__ == "__main__":
     agent = Agent(obs_dim, act_dim, args).to(env.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     normalizer = Normalizer(obs_dim).to(env.device)
-    return_scale = ReturnScale(num_envs, args.gamma).to(env.device)
+    return_scale = ReturnScale(env.num_envs, args.gamma).to(env.device)
     policy = DeterministicPolicy(normalizer, agent, env.single_action_space).to(env.device)
     run.restore(policy, env, agent=agent, optimizer=optimizer, normalizer=normalizer, return_scale=return_scale)
 

@@ -76,6 +76,11 @@ class RunArgs:
     capture_video: bool = False
     """record the final policy as video.mp4 in the run folder"""
 
+    def engine(self) -> dict:
+        """Arguments of diffsim.make, as far as a script has them."""
+        names = ("physics", "derivative", "stiffness", "smoothing", "device", "compile")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
 
 @dataclass
 class PhysicsArgs(RunArgs):
@@ -89,11 +94,6 @@ class PhysicsArgs(RunArgs):
     """stiffness of diffsim's contacts and joint limits, see diffsim.Softness; None: 2.4, and 0.6 with physics mujoco"""
     smoothing: Rate | None = None
     """width of their smoothing, as a multiple of diffsim.Softness's; None: 1, and 3 with physics mujoco"""
-
-    def engine(self) -> dict:
-        """Arguments of diffsim.make."""
-        names = ("physics", "derivative", "stiffness", "smoothing", "device", "compile")
-        return {name: getattr(self, name) for name in names}
 
 
 def script() -> str:
