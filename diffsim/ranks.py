@@ -1,7 +1,8 @@
 """Several processes of one run, started by torchrun: each has its share of the environments, all the same networks.
 
-gloo sends what lies on the CPU, nccl what lies on a GPU. Without torchrun there is one process: nothing is sent, and
-each function returns what the caller would have computed itself. README.md lists the messages.
+Numbers go by nccl on GPUs; on CPUs by a board in shared memory, or by gloo between machines. Without torchrun there is
+one process: nothing is sent, and each function returns what the caller would have computed itself. README.md lists the
+messages.
 """
 
 import os
@@ -18,14 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffsim.board import SUPPORTED, Board, LostError
 from diffsim.program import RANK, TORCHRUN
 
 WORLD, LOCAL_RANK = (int(os.environ[name]) if TORCHRUN else n for name, n in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+ONE_MACHINE = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+board: Board | None = None
 TIMEOUT = timedelta(minutes=5)  # of a message: evaluations differ by a minute; a process that dies is noticed at once
-
-
-class LostError(RuntimeError):
-    """Another process of the run has ended, or is silent."""
 
 
 @contextmanager
@@ -123,15 +123,39 @@ def broadcast(*modules: nn.Module):
                 dist.broadcast(x.data, 0)
 
 
+def _on_board(x: Tensor) -> bool:
+    """Whether there is a board, and it is large enough for x: made when it is needed first."""
+    global board
+    if not (ONE_MACHINE and SUPPORTED) or x.device.type != "cpu":
+        return False
+    if board is None or board.exists and x.nbytes > board.capacity:
+        board = Board(RANK, WORLD, max(2 * x.nbytes, 2**20), TIMEOUT.total_seconds(), lambda path: gather(path)[0])
+    return board.exists
+
+
+def _of_all(x: Tensor) -> Tensor:
+    """(WORLD, ...), each process's x, in order."""
+    if _on_board(x):
+        return board.exchange(x)
+    received = [torch.empty_like(x) for _ in range(WORLD)]
+    with _exchange():
+        dist.all_gather(received, x)
+    return torch.stack(received)
+
+
 @torch.no_grad()
 def average(tensors: list[Tensor]) -> list[Tensor]:
     """The means of tensors over the processes: one message."""
     if WORLD == 1:
         return tensors
     flat = torch.cat([x.flatten() for x in tensors])
-    with _exchange():
-        dist.all_reduce(flat)
-    return [x.view_as(like) for x, like in zip((flat / WORLD).split([x.numel() for x in tensors]), tensors)]
+    if _on_board(flat):
+        mean = board.exchange(flat).mean(0)
+    else:
+        with _exchange():
+            dist.all_reduce(flat)
+        mean = flat / WORLD
+    return [x.view_as(like) for x, like in zip(mean.split([x.numel() for x in tensors]), tensors)]
 
 
 def average_gradients(module: nn.Module):
@@ -151,10 +175,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     own = torch.stack([x.mean(0), x.var(0, unbiased=False)])
     if WORLD == 1:
         return *own, len(x)
-    received = [torch.empty_like(own) for _ in range(WORLD)]
-    with _exchange():
-        dist.all_gather(received, own)
-    means, variances = torch.stack(received, 1)
+    means, variances = _of_all(own).unbind(1)
     return means.mean(0), variances.mean(0) + means.var(0, unbiased=False), WORLD * len(x)
 
 
@@ -179,8 +200,4 @@ def gather(x, everywhere: bool = True) -> list:
 
 def agree(number: int) -> int:
     """The largest of the processes' numbers: a signal that one of them has got, else 0."""
-    numbers = torch.tensor(number)
-    if WORLD > 1:
-        with _exchange():
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+    return int(_of_all(torch.tensor(number)).max()) if WORLD > 1 else number
