@@ -21,18 +21,24 @@ class LostError(RuntimeError):
     """Another process of the run has ended, or is silent."""
 
 
+def reserved(size: int) -> str | None:
+    """A file of shared memory; None where there is none, or not so much."""
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir="/dev/shm", delete=False) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return file.name
+        except OSError:
+            os.unlink(file.name)
+    return None
+
+
 class Board:
     """Of `world` processes, for messages of at most `capacity` bytes; `share(x)` returns what rank 0 gave it."""
 
     def __init__(self, rank: int, world: int, capacity: int, timeout_s: float, share):
         self.rank, self.capacity, self.timeout_s, self.number = rank, -(-capacity // LINE) * LINE, timeout_s, 0
-        size, path = world * LINE + 2 * world * self.capacity, None
-        if rank == 0:
-            with suppress(OSError):  # then there is none, and gloo sends
-                file, path = tempfile.mkstemp(dir="/dev/shm")
-                os.posix_fallocate(file, 0, size)
-                os.close(file)
-        path = share(path)
+        size = world * LINE + 2 * world * self.capacity
+        path = share(None if rank else reserved(size))
         self.exists = path is not None
         if self.exists:
             memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)

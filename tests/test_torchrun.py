@@ -19,12 +19,13 @@ import torch.distributed as dist
 import diffsim
 import rpo_diffsim as rpo
 from diffsim import ranks
+from diffsim.board import LostError
 from diffsim.policy import import_compiler
 from diffsim.run import Run
 from tests import ROOT, WINDOWS, command_line, rows, run_script, the_run
 from tests.test_scripts import small
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+pytestmark = pytest.mark.skipif(not Path("/dev/shm").exists(), reason="forks, and looks into Linux's files")
 
 
 def play_rank(rank: int, folder: Path, function, args):
@@ -47,9 +48,12 @@ def on_two_ranks(folder: Path, function, *args, said="") -> list:
              for rank in (0, 1)]  # fmt: skip
     for fork in forks:
         fork.start()
+    deadline = time.time() + 60
+    while any([fork.is_alive() for fork in forks]) and time.time() < deadline:  # all are asked: no zombies
+        time.sleep(0.01)
     for fork in forks:
-        fork.join(60)
         fork.kill()
+        fork.join()
     out, err = ("".join((folder / f"{name}{rank}").read_text() for rank in (0, 1)) for name in ("out", "err"))
     assert [fork.exitcode for fork in forks] == [0, 0], err
     assert re.fullmatch(said, err.strip()) and out == (folder / "out0").read_text()  # one line, and rank 0 speaks
@@ -83,7 +87,9 @@ def gradients(states: dict, noise, model: dict) -> dict:
     return statistics | normalizer.state_dict() | {name: p.grad for name, p in actor.named_parameters()}
 
 
-def test_two_ranks_have_the_gradient_and_the_moments_of_one(tmp_path):
+@pytest.mark.parametrize("way", ["memory", "gloo"])
+def test_two_ranks_have_the_gradient_and_the_moments_of_one(way, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "ONE_MACHINE", way == "memory")
     env = diffsim.make("hopper", 6, seed=1, compile=False, dtype=torch.float64)
     env.reset()
     states = {k: x for k, x in env.get_state().items() if k not in ("start_qpos", "start_qvel", "generator")}
@@ -93,6 +99,41 @@ def test_two_ranks_have_the_gradient_and_the_moments_of_one(tmp_path):
         for name, x in one.items():
             torch.testing.assert_close(of_rank[name], x, rtol=1e-6, atol=1e-9, msg=name)
     assert one["mean.0.weight"].abs().max() > 1e-3
+
+
+def growing_messages() -> list:
+    ranks.start(2, "cpu")
+    sent = [
+        torch.arange(n, dtype=dtype) + ranks.RANK for n in (1, 3, 10**6, 7) for dtype in (torch.float64, torch.int32)
+    ]
+    return [ranks._of_all(x) for x in sent] + [ranks.board.exists]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_board_grows_with_the_messages_and_may_be_missing(room, tmp_path, monkeypatch):
+    if not room:
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    before = set(Path("/dev/shm").iterdir())
+    for *messages, exists in on_two_ranks(tmp_path / "two", growing_messages):
+        assert exists == room
+        for x in messages:
+            assert torch.equal(x[1], x[0] + 1) and len(x) == 2 and x.dtype in (torch.float64, torch.int32)
+    assert set(Path("/dev/shm").iterdir()) == before
+
+
+def waiting() -> str:
+    """The second process ends; the first waits for it."""
+    ranks.start(2, "cpu")
+    ranks.agree(0)
+    if ranks.RANK:
+        return ""
+    with pytest.raises(LostError) as lost:
+        ranks.agree(0)
+    return str(lost.value)
+
+
+def test_a_process_that_has_ended_is_not_waited_for(tmp_path):
+    assert on_two_ranks(tmp_path / "two", waiting)[0] == "rank 1 has ended"
 
 
 def messages(order: Path) -> tuple:
@@ -228,7 +269,6 @@ def processes_of(launcher: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for torchrun's processes in Linux's /proc")
 def test_ctrl_c_saves_and_a_killed_process_ends_all(tmp_path):
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2 rpo_diffsim.py".split()
     args = small("rpo_diffsim.py", run_dir=tmp_path, num_envs=4, total_timesteps=10**7, save_every=80)
