@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 from torch.distributions import Normal
 
+from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
@@ -154,7 +155,7 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def update(self, obs):
         """Merge the moments of a batch (Chan et al. 1979)."""
-        mean, var, n = obs.mean(0), obs.var(0, unbiased=False), obs.shape[0]
+        mean, var, n = ranks.moments(obs)
         delta, total = mean - self.mean, self.count + n
         self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
         self.mean.add_(delta * n / total)
@@ -226,15 +227,13 @@ def clipped_value_loss(value, old_value, target, clip_coef: float | None):
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.num_steps
-    if batch_size < 2 * args.num_minibatches:
-        fail(f"--num-minibatches is {args.num_minibatches}; a batch of {batch_size} is too small")
+    if (samples := ranks.share(batch_size)) < 2 * args.num_minibatches:
+        fail(f"--num-minibatches is {args.num_minibatches}; a batch of {samples} is too small")
     num_iterations = max(1, args.total_timesteps // batch_size)
     run = Run(args, num_iterations, batch_size)
 
-    with one_line_errors():
-        env = diffsim.make(
-            args.env, args.num_envs, seed=args.seed, physics=args.physics, device=args.device, compile=args.compile
-        )
+    with one_line_errors(), ranks.in_turn():
+        env = diffsim.make(args.env, ranks.share(args.num_envs), seed=ranks.seed(args.seed), **args.engine())
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -242,7 +241,7 @@ if __name__ == "__main__":
     agent = Agent(obs_dim, act_dim, args).to(env.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     normalizer = Normalizer(obs_dim).to(env.device)
-    return_scale = ReturnScale(args.num_envs, args.gamma).to(env.device)
+    return_scale = ReturnScale(env.num_envs, args.gamma).to(env.device)
     policy = DeterministicPolicy(normalizer, agent, env.single_action_space).to(env.device)
     run.restore(policy, env, agent=agent, optimizer=optimizer, normalizer=normalizer, return_scale=return_scale)
 
@@ -280,12 +279,13 @@ if __name__ == "__main__":
         epochs = 0
         for _ in range(args.update_epochs):
             kls = []
-            for index in torch.randperm(batch_size, device=env.device).chunk(args.num_minibatches):
+            for index in torch.randperm(len(targets), device=env.device).chunk(args.num_minibatches):
                 new = agent(inputs[index])
                 log_ratio = new.log_prob(action[index]).sum(-1) - old_log_prob[index]
                 advantage = advantages[index]
                 if args.norm_adv:
-                    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                    mean, std = ranks.mean_std(advantage)
+                    advantage = (advantage - mean) / (std + 1e-8)
                 policy_loss = clipped_surrogate_loss(log_ratio, advantage, args.clip_coef).mean()
                 clip = args.clip_coef if args.clip_vloss else None
                 value_loss = clipped_value_loss(agent.value(inputs[index]), values[index], targets[index], clip).mean()
@@ -293,12 +293,13 @@ if __name__ == "__main__":
                 loss = policy_loss - args.entropy_coef * entropy + args.vf_coef * value_loss
                 optimizer.zero_grad()
                 loss.backward()
+                ranks.average_gradients(agent)
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():  # Schulman's estimator of KL(old || new), http://joschu.net/blog/kl-approx.html
                     kls.append((log_ratio.exp() - 1 - log_ratio).mean())
                     run.mean({"losses/clipfrac": (log_ratio.exp() - 1).abs().gt(args.clip_coef).float().mean()})
-            approx_kl, epochs = torch.stack(kls).mean(), epochs + 1
+            approx_kl, epochs = ranks.mean(torch.stack(kls)), epochs + 1
             if args.desired_kl is not None:
                 factor = 1 / 1.5 if approx_kl > 2 * args.desired_kl else 1.5 if approx_kl < args.desired_kl / 2 else 1.0
                 optimizer.param_groups[0]["lr"] = min(max(optimizer.param_groups[0]["lr"] * factor, 1e-5), 1e-2)

@@ -29,6 +29,7 @@ from torch.distributions import Normal
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.replay import ReplayBuffer
@@ -247,7 +248,7 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def update(self, obs):
         """Merge the moments of a batch (Chan et al. 1979)."""
-        mean, var, n = obs.mean(0), obs.var(0, unbiased=False), obs.shape[0]
+        mean, var, n = ranks.moments(obs)
         delta, total = mean - self.mean, self.count + n
         self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
         self.mean.add_(delta * n / total)
@@ -371,16 +372,14 @@ def normalized(normalizer, sample: dict) -> dict:
 
 
 if __name__ == "__main__":
-    args = parse(Args, DEFAULTS)
+    args = parse(Args, DEFAULTS, one_process=True)
     num_iterations = max(1, args.total_timesteps // args.num_envs)
     if not args.unroll < min(args.buffer_size, args.learning_starts) // args.num_envs < num_iterations:
         fail("--learning-starts must lie above --unroll x --num-envs, as --buffer-size, and below --total-timesteps")
     run = Run(args, num_iterations, args.num_envs, episodes=20)
 
     with one_line_errors():
-        env = diffsim.make(
-            args.env, args.num_envs, seed=args.seed, physics=args.physics, device=args.device, compile=args.compile
-        )
+        env = diffsim.make(args.env, args.num_envs, seed=args.seed, **args.engine())
         evaluator = Evaluator(args)
     env.reset()
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]

@@ -9,7 +9,6 @@
 With one epoch this is SHAC: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper; CleanRL's RPO is another.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
-    python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
@@ -26,6 +25,7 @@ import torch.nn as nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
+from diffsim import ranks
 from diffsim.flags import PhysicsArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
@@ -195,7 +195,7 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def update(self, obs):
         """Merge the moments of a batch (Chan et al. 1979)."""
-        mean, var, n = obs.mean(0), obs.var(0, unbiased=False), obs.shape[0]
+        mean, var, n = ranks.moments(obs)
         delta, total = mean - self.mean, self.count + n
         self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
         self.mean.add_(delta * n / total)
@@ -276,18 +276,17 @@ def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.horizon
-    if batch_size < args.critic_minibatches:
-        fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {batch_size} samples of a window")
+    if (samples := ranks.share(batch_size)) < args.critic_minibatches:
+        fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {samples} samples of a window")
     if (lam := args.action_gradient_lambda) ** (args.horizon - 1) < 1e-20:
         fail(f"--action-gradient-lambda {lam} vanishes over --horizon {args.horizon}; use a shorter one, or more of it")
     if args.learning_rate_decay == "exponential" and args.min_learning_rate == 0:
         fail("--learning-rate-decay exponential never comes to --min-learning-rate 0; use one above 0, or linear")
     num_iterations = max(1, args.total_timesteps // batch_size)
-    clip_low, clip_high = args.clip_coef[0], args.clip_coef[-1]
     run = Run(args, num_iterations, batch_size)
 
-    with one_line_errors():
-        env = diffsim.make(args.env, args.num_envs, seed=args.seed, **args.engine())
+    with one_line_errors(), ranks.in_turn():
+        env = diffsim.make(args.env, ranks.share(args.num_envs), seed=ranks.seed(args.seed), **args.engine())
         env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
@@ -333,7 +332,7 @@ if __name__ == "__main__":
         g = torch.where(nonfinite, 0.0, g).flatten(0, 1)  # (H N, act_dim)
         g_norm = g.norm(dim=-1).mean()
         if args.normalize_action_gradients:
-            g = g / g.square().mean().sqrt().clamp_min(1e-30)
+            g = g / ranks.mean(g.square()).sqrt().clamp_min(1e-30)
         g = g * (args.max_action_grad_norm / g.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp(max=1.0)
         window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
         inputs, u = normalizer(window["obs"]).flatten(0, 1), window["u"].flatten(0, 1)
@@ -347,35 +346,37 @@ if __name__ == "__main__":
             advantage = targets - target_critic(inputs).mean(0) if args.score_share else None
         for epoch in range(args.update_epochs):
             new = actor(inputs)
-            surrogate, _, _ = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)
+            surrogate, _, _ = rpo_surrogate(new, u, old_log_prob, g, args.clip_coef[0], args.clip_coef[-1])
             kl = kl_divergence(old, new).sum(-1).mean()  # eq. 12
             entropy = squashed_entropy(new, new.rsample()).mean()  # eq. 13
             policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
             if args.score_share:  # noisier at first, but stiff contacts do not raise its variance
-                score = ppo_surrogate(new, u, old_log_prob, advantage - advantage.mean()).mean()
+                score = ppo_surrogate(new, u, old_log_prob, advantage - ranks.mean(advantage)).mean()
                 if epoch == 0:
                     gradients = (grad(x, actor.parameters(), retain_graph=True) for x in (surrogate.mean(), score))
-                    norm, score_norm = map(nn.utils.get_total_norm, gradients)
+                    norm, score_norm = (nn.utils.get_total_norm(ranks.average(x)) for x in gradients)
                     score_coef = args.score_share * norm / score_norm.clamp_min(1e-30)
                 policy_loss = policy_loss - score_coef * score
             actor_optimizer.zero_grad()
             policy_loss.backward()
+            ranks.average_gradients(actor)
             grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
             actor_optimizer.step()
         with torch.no_grad():
             new = actor(inputs)  # how far the update went
             kl = kl_divergence(old, new).sum(-1).mean()
-            _, ratio, inside = rpo_surrogate(new, u, old_log_prob, g, clip_low, clip_high)
+            _, ratio, inside = rpo_surrogate(new, u, old_log_prob, g, args.clip_coef[0], args.clip_coef[-1])
         run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
         for part in {critic, target_critic} if args.normalize_returns else ():
             part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
-            for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
+            for index in torch.randperm(len(targets), device=env.device).chunk(args.critic_minibatches):
                 value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum() / critic.returns.var
                 critic_optimizer.zero_grad()
                 value_loss.backward()
+                ranks.average_gradients(critic)
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                 critic_optimizer.step()
                 run.mean({"losses/value_loss": value_loss / args.num_critics})

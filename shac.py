@@ -27,6 +27,7 @@ import torch.nn as nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
+from diffsim import ranks
 from diffsim.flags import PhysicsArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
@@ -180,7 +181,7 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def update(self, obs):
         """Merge the moments of a batch (Chan et al. 1979)."""
-        mean, var, n = obs.mean(0), obs.var(0, unbiased=False), obs.shape[0]
+        mean, var, n = ranks.moments(obs)
         delta, total = mean - self.mean, self.count + n
         self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
         self.mean.add_(delta * n / total)
@@ -237,8 +238,8 @@ def ppo_surrogate(policy: Normal, u, old_log_prob, advantage, clip=0.2):
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS)
     batch_size = args.num_envs * args.horizon
-    if batch_size < args.critic_minibatches:
-        fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {batch_size} samples of a window")
+    if (samples := ranks.share(batch_size)) < args.critic_minibatches:
+        fail(f"--critic-minibatches is {args.critic_minibatches}, more than the {samples} samples of a window")
     if args.learn_entropy_coef and not args.entropy_coef:
         fail("--learn-entropy-coef needs an --entropy-coef above 0 to start from")
     if args.learning_rate_decay == "exponential" and args.min_learning_rate == 0:
@@ -246,8 +247,8 @@ if __name__ == "__main__":
     num_iterations = max(1, args.total_timesteps // batch_size)
     run = Run(args, num_iterations, batch_size)
 
-    with one_line_errors():
-        env = diffsim.make(args.env, args.num_envs, seed=args.seed, **args.engine())
+    with one_line_errors(), ranks.in_turn():
+        env = diffsim.make(args.env, ranks.share(args.num_envs), seed=ranks.seed(args.seed), **args.engine())
         env.check_gradient(args.horizon)
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
@@ -297,7 +298,7 @@ if __name__ == "__main__":
         # --- gradients: one backward pass through physics --------------------------------------------------------
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
         returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam=1.0)
-        policy_loss = -sum_of_starts(returns, *ends) / batch_size
+        policy_loss = -sum_of_starts(returns, *ends) / returns.numel()
         actor_optimizer.zero_grad()
         policy_loss.backward(inputs=list(actor.parameters()))
         window, next_values = {key: x.detach() for key, x in window.items()}, next_values.detach()
@@ -311,15 +312,16 @@ if __name__ == "__main__":
             targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
             advantage = targets - target_critic(inputs).mean(0) if args.score_share else None
         if args.score_share:  # noisier at first, but stiff contacts do not raise its variance
-            score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage - advantage.mean()).mean()
+            score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage - ranks.mean(advantage)).mean()
             gradients = [p.grad for p in actor.parameters()], grad(score, actor.parameters(), retain_graph=True)
-            norm, score_norm = map(nn.utils.get_total_norm, gradients)
+            norm, score_norm = (nn.utils.get_total_norm(ranks.average(x)) for x in gradients)
             (-args.score_share * norm / score_norm.clamp_min(1e-30) * score).backward()
+        ranks.average_gradients(actor)
         nonfinite = torch.cat([~torch.isfinite(p.grad).flatten() for p in actor.parameters()]).any()
         grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
         if not nonfinite:
             actor_optimizer.step()
-        entropy = window["entropy"].mean()
+        entropy = ranks.mean(window["entropy"])
         if args.learn_entropy_coef:
             temperature_optimizer.zero_grad()
             (temperature[0].exp() * (entropy - target_entropy)).backward()
@@ -333,10 +335,11 @@ if __name__ == "__main__":
         for part in {critic, target_critic} if args.normalize_returns else ():
             part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
-            for index in torch.randperm(batch_size, device=env.device).chunk(args.critic_minibatches):
+            for index in torch.randperm(len(targets), device=env.device).chunk(args.critic_minibatches):
                 value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum() / critic.returns.var
                 critic_optimizer.zero_grad()
                 value_loss.backward()
+                ranks.average_gradients(critic)
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                 critic_optimizer.step()
                 run.mean({"losses/value_loss": value_loss / args.num_critics})

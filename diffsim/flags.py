@@ -15,6 +15,7 @@ import torch
 import tyro
 
 import diffsim
+from diffsim import ranks
 from diffsim.physics import CacheError
 from diffsim.program import printable, start
 from diffsim.tasks import is_file
@@ -75,6 +76,11 @@ class RunArgs:
     capture_video: bool = False
     """record the final policy as video.mp4 in the run folder"""
 
+    def engine(self) -> dict:
+        """Arguments of diffsim.make, as far as a script has them."""
+        names = ("physics", "derivative", "stiffness", "smoothing", "device", "compile")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
 
 @dataclass
 class PhysicsArgs(RunArgs):
@@ -89,11 +95,6 @@ class PhysicsArgs(RunArgs):
     smoothing: Rate | None = None
     """width of their smoothing, as a multiple of diffsim.Softness's; None: 1, and 3 with physics mujoco"""
 
-    def engine(self) -> dict:
-        """Arguments of diffsim.make."""
-        names = ("physics", "derivative", "stiffness", "smoothing", "device", "compile")
-        return {name: getattr(self, name) for name in names}
-
 
 def script() -> str:
     """Name of the file that runs: a fork has its own runs and checkpoints."""
@@ -102,7 +103,8 @@ def script() -> str:
 
 def fail(message: str, code: int = 2):
     """One clear line for bad input; code 1: for what goes wrong later."""
-    print(printable(f"{script()}.py: {message}"), file=sys.stderr)
+    if ranks.speaks():
+        print(printable(f"{script()}.py: {message}"), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -117,12 +119,16 @@ def one_line_errors():
 
 def explain(kind, error, traceback):
     """sys.excepthook of a run: what a machine cannot do is one line, too; all else is a bug, with its traceback."""
+    if not ranks.speaks():
+        return
     text, bar = str(error).partition("\n")[0], "\n" if sys.stdout.isatty() else ""  # to be ended
     said = ("can't allocate", "out of memory", "bad_alloc", "Storage size calculation overflowed")
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(x in text for x in said):
         asked = f" ({text.split('DefaultCPUAllocator: ')[-1].split('. Error code')[0]})" if text else ""
         fewer = "fewer --num-envs, a shorter window, smaller networks or buffers need less"
         print(f"{bar}{script()}.py: out of memory{asked}: {fewer}", file=sys.stderr)
+    elif isinstance(error, ranks.LostError):
+        print(f"{bar}{script()}.py: a process was lost ({text}); --resume goes on from what was saved", file=sys.stderr)
     elif isinstance(error, CacheError):
         print(f"{bar}{script()}.py: {error}", file=sys.stderr)
     else:
@@ -176,7 +182,12 @@ def fits(value, hint) -> bool:
 
 def of_checkpoint(Args, flag: str, path: str, by: str | None = None):
     """The arguments of the run that left a checkpoint. Those of another version end the program with one line."""
-    args = load(path, flag, by)["args"]
+    checkpoint = load(path, flag, by)
+    args, others = checkpoint["args"], checkpoint.get("others")
+    before = 1 + len(others) if isinstance(others, list) else 1
+    if flag == "--resume" and before != ranks.WORLD:
+        how = f"with torchrun --nproc-per-node {before}" if before > 1 else "without torchrun"
+        fail(f"{flag} {path}: a run of {before} process(es) does not go on with {ranks.WORLD}; start it {how}")
     hints = get_type_hints(Args, include_extras=True)
     if not isinstance(args, dict) or set(args) != set(hints):
         differ = ", ".join(map(str, set(args) ^ set(hints))) if isinstance(args, dict) else "no flags"
@@ -186,14 +197,16 @@ def of_checkpoint(Args, flag: str, path: str, by: str | None = None):
     return Args(**args)
 
 
-def parse(Args, defaults: dict):
+def parse(Args, defaults: dict, one_process: bool = False):
     """Arguments from the command line, over the settings of the task, over those of the dataclass Args.
 
     `defaults` names settings by task ("ant"), task and engine ("ant on mujoco") or engine ("on gymnasium"); a task in a
     file has those of the task that it derives from. With --resume they are the run's own, of which a flag may change
-    total_timesteps only.
+    total_timesteps only. Under torchrun the processes are connected, unless the script runs as one.
     """
     start()
+    if one_process and ranks.WORLD > 1:
+        fail("it runs as one process: start it without torchrun")
     for key, settings in defaults.items():
         if unknown := set(settings) - {f.name for f in fields(Args)}:
             fail(f'DEFAULTS["{key}"] sets {", ".join(sorted(unknown))}, which is no field of Args')
@@ -221,6 +234,7 @@ def parse(Args, defaults: dict):
                 fail(f"{flag} is {value}, the run has {getattr(default, key)}: resuming keeps its arguments")
     with one_line_errors():
         check_bounds(final)
+        ranks.start(final.num_envs, final.device)
     if args.init_from is not None and args.resume is None:
         load(args.init_from, "--init-from")
     return final

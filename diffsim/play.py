@@ -13,7 +13,7 @@ import torch
 import tyro
 
 import diffsim
-from diffsim import memory
+from diffsim import memory, ranks
 from diffsim.builder import without_margins
 from diffsim.dynamics import contact_points
 from diffsim.flags import Bound, Seed, check_bounds, cli
@@ -138,8 +138,9 @@ def _rollout_gymnasium(env: GymnasiumEnv, policy, episodes: int, seed: int) -> d
 
 @torch.no_grad()
 def evaluate(env, policy, episodes: int) -> torch.Tensor:
-    """Return of the first episode of each of the first `episodes` environments: (episodes,)."""
-    obs, _ = env.reset(seed=12345)
+    """Return of the first episode of each of the first `episodes` environments: (episodes,). Under torchrun each
+    process has other ones."""
+    obs, _ = env.reset(seed=ranks.seed(12345))
     returns = torch.full((env.num_envs,), float("nan"), device=env.device)
     for _ in range(env.max_episode_steps):
         obs, _, terminated, truncated, info = env.step(policy(obs))
@@ -152,27 +153,32 @@ def evaluate(env, policy, episodes: int) -> torch.Tensor:
 
 
 class Evaluator:
-    """Measures a deterministic policy as a script's flags say: on --physics, with --eval-physics on another, too."""
+    """Measures a deterministic policy as a script's flags say: on --physics, with --eval-physics on another, too.
+    Under torchrun each process runs its share of the episodes."""
 
     def __init__(self, args):
         known = dict(device=args.device, compile=args.compile, physics=args.physics)
         known |= {name: getattr(args, name) for name in ("stiffness", "smoothing") if hasattr(args, name)}
         # diffsim's step is compiled for num_envs; others run any number
-        batch = args.num_envs if args.physics == "diffsim" else args.eval_episodes
-        self.episodes, self.env, self.others = args.eval_episodes, diffsim.make(args.env, batch, **known), {}
+        self.episodes = ranks.share(args.eval_episodes)
+        batch = ranks.share(args.num_envs) if args.physics == "diffsim" else max(1, self.episodes)
+        self.env, self.others = diffsim.make(args.env, batch, **known), {}
         if args.eval_physics:
             if args.physics == "gymnasium" and args.env not in diffsim.TASKS:
                 raise ValueError(f"--eval-physics: {args.env} runs on gymnasium only")
             other = "mujoco" if args.physics == "diffsim" else "diffsim"
-            self.others[other] = diffsim.make(args.env, args.eval_episodes, physics=other, compile=False)
+            self.others[other] = diffsim.make(args.env, max(1, self.episodes), physics=other, compile=False)
 
     def __call__(self, policy) -> dict[str, torch.Tensor]:
-        """Numbers by TensorBoard tag."""
-        returns = evaluate(self.env, policy, self.episodes)
+        """Numbers by TensorBoard tag, of all processes' episodes."""
+        returns = self._returns(self.env, policy)
         numbers = {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std(correction=0)}
         for name, env in self.others.items():
-            numbers[f"eval/{name}_return"] = evaluate(env, policy, self.episodes).mean()
+            numbers[f"eval/{name}_return"] = self._returns(env, policy).mean()
         return numbers
+
+    def _returns(self, env, policy) -> torch.Tensor:
+        return torch.cat(ranks.gather(evaluate(env, policy, self.episodes).cpu()))
 
 
 def film(env, qpos: np.ndarray, video: str | Path):

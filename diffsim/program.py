@@ -8,6 +8,9 @@ import os
 import signal
 import sys
 
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # which starts several processes
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # the first of them speaks for all
+
 
 def is_ours() -> bool:
     """Whether `python -m diffsim...` runs, or a script that has its flags from diffsim.flags: not a notebook."""
@@ -21,8 +24,11 @@ def is_ours() -> bool:
         return False
 
 
-def tell(text: str):
-    """A line on stderr from within a signal handler: print may have been interrupted, and `2>&1 | tee` be gone."""
+def tell(text: str, number=signal.SIGINT):
+    """A line on stderr from within a signal's handler: print may have been interrupted, and `2>&1 | tee` be gone.
+    SIGTERM is torchrun's, when another process has ended and said why."""
+    if TORCHRUN and (RANK or number != signal.SIGINT):
+        return
     try:
         os.write(2, f"\n{text}\n".encode())
     except OSError:
@@ -55,7 +61,7 @@ def name_glfw():
 def unwind(number, *_):
     """Ctrl-C after that, or SIGTERM: child processes and temporary files go, too. Again: at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    tell("interrupted")
+    tell("interrupted", number)
     sys.exit(128 + number)
 
 

@@ -12,7 +12,6 @@ How a script uses it:
         run.log({"losses/kl": 0.1})           # a number's TensorBoard tag; the last part is its column in metrics.csv
 """
 
-import csv
 import io
 import os
 import random
@@ -29,18 +28,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from diffsim import memory
+from diffsim import memory, ranks
 from diffsim.flags import explain, fail, load, one_line_errors, run_folder, script
 from diffsim.play import record
 from diffsim.policy import import_compiler, write_policy
 from diffsim.program import tell, unwind
-from diffsim.run_files import COLUMNS, config, hold, make_folder, read_rows, release, try_folder
+from diffsim.run_files import Tables, config, hold, make_folder, read_rows, release, try_folder, write_whole
 from diffsim.tasks import is_file
 
 PATIENCE = 20  # rows without one finite gradient; then the run stops
 OF_A_RUN = "temperature", "return_scale"  # parts that depend on a run's flags and rewards: --init-from leaves them out
+NONFINITE = "physics/nonfinite_states"
+OF_A_RANK = "env", "return_scale"  # parts that differ between the processes of torchrun
 
 
 def process_start() -> float:
@@ -65,6 +65,7 @@ class Run:
         self.args, self.total, self.steps = args, num_iterations, steps
         self.iteration = self.global_step = 0
         self.recent: deque = deque(maxlen=episodes)  # (return, length)
+        self.ended: list = []  # the same of this process, since the last row
         self.numbers: dict[str, float] = {}  # of this iteration, by tag
         self.sums: dict[str, float] = defaultdict(float)  # since the last row: seconds of laps, bad states
         self.tags: dict[str, str] = {}  # by column
@@ -72,16 +73,15 @@ class Run:
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
         self.best = -inf  # return of the best evaluation
-        self.interrupted, self.nonfinite = 0, []  # by this signal; tags of the last row
+        self.interrupted, self.nonfinite = 0, []  # by this signal, seen here; tags of the last row
         sys.excepthook = explain
         import_compiler()
         if args.device == "cpu":
             memory.limit()
         self.left_out = 0  # successive rows in which all gradients were left out
         self.warned = self.moved = self.stuck = False  # some were left out; some were not; all were for too long
-        random.seed(args.seed)
-        np.random.seed(args.seed)
-        torch.manual_seed(args.seed)
+        for generator in (random.seed, np.random.seed, torch.manual_seed):
+            generator(ranks.seed(args.seed))
         torch.set_num_threads(args.num_threads)
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # see _say
@@ -102,9 +102,18 @@ class Run:
             rows = self._load(load(self.args.resume))
         elif self.args.init_from is not None:
             self._init_from(load(self.args.init_from, "--init-from"))
+        ranks.broadcast(*(x for name, x in parts.items() if hasattr(x, "buffers") and name not in OF_A_RANK))
         self.end = self._find_end()
+        if ranks.RANK == 0:
+            self._open(rows)
+        own = [f"{f.name}={v}" for f in fields(self.args) if (v := getattr(self.args, f.name)) != f.default]
+        more = f", {self.total - self.end} more after --stop-after" if self.end < self.total else ""
+        self._say(f"{self.folder}: {self.end - self.iteration} iterations to go{more}; {' '.join(own)}")
+
+    def _open(self, rows: list[dict]):
+        """The folder, config.json and the tables, which the first process keeps for all."""
         with one_line_errors():  # what cannot be exported is not trained for an hour first
-            write_policy(policy, env.single_observation_space.shape[0], env.device, io.BytesIO())
+            write_policy(self.policy, self.env.single_observation_space.shape[0], self.env.device, io.BytesIO())
         with self._writing():
             if self.args.resume is None:
                 name = f"{self.args.env.split(':')[-1].lower()}__{script()}__{self.args.seed}"
@@ -112,14 +121,8 @@ class Run:
             with one_line_errors():
                 hold(self.folder)
             text = config(self.args, script(), self.iteration, self.folder / "config.json")
-            self._atomic(lambda path: path.write_text(text), "config.json")
-            self._rewrite(list(rows[0]) if rows else COLUMNS, rows)
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step or None)
-            table = "\n".join(f"|{k}|{v}|" for k, v in asdict(self.args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        own = [f"{f.name}={v}" for f in fields(self.args) if (v := getattr(self.args, f.name)) != f.default]
-        more = f", {self.total - self.end} more after --stop-after" if self.end < self.total else ""
-        self._say(f"{self.folder}: {self.end - self.iteration} iterations to go{more}; {' '.join(own)}")
+            write_whole(self.folder / "config.json", lambda path: path.write_text(text))
+            self.tables = Tables(self.folder, self.args, rows, self.global_step)
 
     def _find_end(self) -> int:
         """The iteration before which this process stops. Ends the program with one line where none is to go."""
@@ -150,6 +153,8 @@ class Run:
             fail(f"--resume {self.folder}: a checkpoint of another version, without {', '.join(missing)}")
         try:
             self.iteration, self.global_step = checkpoint["iteration"], checkpoint["global_step"]
+            if ranks.RANK:
+                checkpoint |= checkpoint["others"][ranks.RANK - 1]
             if type(self.iteration) is not int or self.global_step != self.iteration * self.steps:
                 raise ValueError
             for name, part in self.parts.items():
@@ -178,7 +183,7 @@ class Run:
     def __iter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
-        while self.iteration < self.end and not self.interrupted:
+        while self.iteration < self.end and not (stopped := ranks.agree(self.interrupted)):
             self.global_step += self.steps
             self.lap_start = time.time()
             yield self.iteration
@@ -195,18 +200,17 @@ class Run:
                     self.save()
         with self._writing():
             self.save()
-            self.writer.close()
-        release(self.folder)
+            self._close()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, unwind)
-        self._say_last_words()
+        self._say_last_words(stopped)
 
     def _stop_at_nan(self):
         """What is not finite will not recover: the checkpoint of before is worth more than further steps."""
         pending = [tag for tag, x in self.means.items() if not torch.isfinite(torch.stack(x)).all()]
         bad = [t for t in self.nonfinite + pending if t.split("/")[0] in ("losses", "eval") or "return" in t][:1]
         bad += self._nonfinite_tensors()[:1]
-        if bad:
+        if bad := next(filter(None, ranks.gather(bad)), []):
             self._stop(" is not finite, nor is ".join(bad) + " is not finite" * (len(bad) == 1))
         if self.stuck:
             self._stop(f"no gradient of the last {self.left_out} rows was finite: the policy stands still")
@@ -224,31 +228,38 @@ class Run:
         return [n for n, x in tensors.items() if not torch.isfinite(x).all()]
 
     def _stop(self, why: str):
+        """All processes come here, or none."""
         checkpoint = self.folder / "checkpoint.pt"
         before = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "nothing was saved before"
-        self.writer.close()
-        release(self.folder)
+        self._close()
         print(end="\n" if sys.stdout.isatty() else "", flush=True)  # after the bar
-        print(f"{script()}.py: iteration {self.global_step // self.steps - 1}: {why}; {before}", file=sys.stderr)
-        raise SystemExit(1)
+        if ranks.RANK == 0:
+            print(f"{script()}.py: iteration {self.global_step // self.steps - 1}: {why}; {before}", file=sys.stderr)
+        ranks.leave(1)
+
+    def _close(self):
+        if ranks.RANK == 0:
+            self.tables.close()
+            release(self.folder)
 
     def _interrupt(self, number, *_):
         """Ctrl-C, or a cluster's SIGTERM, lets the iteration finish, so that what is saved can be resumed bit for bit;
-        twice: at once."""
-        if self.interrupted:
+        twice: at once. A process of torchrun may get it from there, too, but torchrun waits for so long only."""
+        if self.interrupted and ranks.WORLD == 1:
             unwind(number)
         self.interrupted = number
-        tell("finishing this iteration; Ctrl-C again: at once, unsaved")
+        then = "Ctrl-C again: at once, unsaved" if ranks.WORLD == 1 else "after 30 s torchrun ends it, unsaved"
+        tell(f"finishing this iteration; {then}", number)
 
-    def _say_last_words(self):
+    def _say_last_words(self, stopped: int):
         python, of, folder = map(shlex.quote, (os.path.relpath(sys.executable), sys.argv[0], str(self.folder)))
         named = f" --env {shlex.quote(self.args.env)}" if is_file(self.args.env) else ""  # its code runs: see README
         self._say("", end="\n" if sys.stdout.isatty() else "")  # after the bar
         if self.iteration < self.total:
-            said = "interrupted and saved" if self.interrupted else "saved"
-            self._say(f"{said}; continue with: {python} {of} --resume {folder}{named}")
-            sys.exit(128 + self.interrupted if self.interrupted else 0)
-        if self.args.capture_video:
+            said = "interrupted and saved" if stopped else "saved"
+            self._say(f"{said}; continue with: {python}{ranks.launcher()} {of} --resume {folder}{named}")
+            ranks.leave(128 + stopped if stopped else 0)
+        if self.args.capture_video and ranks.RANK == 0:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
         video = "" if self.env.mj_model is None else f" --video {shlex.quote(str(self.folder / 'video.mp4'))}"
@@ -276,9 +287,9 @@ class Run:
         """Take note of the episodes that ended in a step."""
         if "episode" in info:
             ended = info["_episode"]
-            self.recent.extend(zip(info["episode"]["r"][ended].tolist(), info["episode"]["l"][ended].tolist()))
+            self.ended.extend(zip(info["episode"]["r"][ended].tolist(), info["episode"]["l"][ended].tolist()))
             if "nonfinite" in info:
-                self.sums["physics/nonfinite_states"] += int(info["nonfinite"].sum())
+                self.sums[NONFINITE] += int(info["nonfinite"].sum())
 
     def lap(self, name: str):
         """The seconds since the last lap, or since the iteration began, are `name`'s."""
@@ -304,41 +315,36 @@ class Run:
             if (other := self.tags.setdefault(column(tag), tag)) != tag:
                 fail(f"{tag} and {other} would both be the column {column(tag)} of metrics.csv")
 
+    def _gather(self) -> dict:
+        """The numbers since the last row, those of all processes: their mean, or the largest of a maximum."""
+        own = self.numbers | {tag: torch.stack(x).mean().item() for tag, x in self.means.items()}
+        numbers, ended, nonfinite = zip(*ranks.gather((own, self.ended, self.sums.get(NONFINITE))))
+        self.recent.extend(episode for episodes in ended for episode in episodes)
+        if counts := [n for n in nonfinite if n is not None]:
+            self.sums[NONFINITE] = sum(counts)
+        together = {tag: [of_rank[tag] for of_rank in numbers] for tag in own}
+        return {
+            tag: xs[0] if len(set(xs)) == 1 else max(xs) if "max" in tag else sum(xs) / len(xs)
+            for tag, xs in together.items()
+        }
+
     def _write_row(self):
         wall = time.time() - self.start
-        numbers = {"charts/SPS": int(self.global_step / wall)} | self.numbers
-        numbers |= {tag: torch.stack(x).mean().item() for tag, x in self.means.items()}
+        numbers = {"charts/SPS": int(self.global_step / wall)} | self._gather()
         if self.recent:
             tags = "charts/episodic_return", "charts/episodic_length"
             numbers |= dict(zip(tags, np.mean(self.recent, 0).tolist()))
         numbers |= {tag: round(x, 4) for tag, x in self.sums.items()}
-        for tag, x in numbers.items():
-            self.writer.add_scalar(tag, x, self.global_step)
-        row = dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=round(wall, 3))
-        row |= {column(tag): x for tag, x in numbers.items()}
-        if new := [name for name in row if name not in self.metrics.fieldnames]:  # logged for the first time
-            with open(self.folder / "metrics.csv") as f:
-                rows = list(csv.DictReader(f))
-            self._rewrite([*self.metrics.fieldnames, *new], rows)
-        self.metrics.writerow(row)
+        if ranks.RANK == 0:
+            row = dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=round(wall, 3))
+            self.tables.add(row | {column(tag): x for tag, x in numbers.items()}, numbers, self.global_step)
+            self._show(numbers, wall)
         self.nonfinite = [tag for tag, x in numbers.items() if not np.isfinite(x)]
         if "grad/nonfinite" in numbers:
             self.left_out = self.left_out + 1 if numbers["grad/nonfinite"] == 1 else 0
             self.moved |= not self.left_out
             self.stuck = self.left_out >= PATIENCE or (self.last and not self.moved)
-        self._show(numbers, wall)
-        self.numbers, self.sums, self.means = {}, defaultdict(float), defaultdict(list)
-
-    def _rewrite(self, columns: list[str], rows: list[dict]):
-        """metrics.csv with these columns and rows; later rows are appended, each whole before the next."""
-
-        def write(path: Path):
-            self.metrics_file = open(path, "w", newline="", buffering=1)  # renamed while open: rows go on arriving
-            self.metrics = csv.DictWriter(self.metrics_file, columns)
-            self.metrics.writeheader()
-            self.metrics.writerows(rows)
-
-        self._atomic(write, "metrics.csv")
+        self.numbers, self.sums, self.means, self.ended = {}, defaultdict(float), defaultdict(list), []
 
     def _show(self, numbers: dict, wall: float):
         """A bar on a terminal; elsewhere a line now and then, and for each evaluation."""
@@ -362,29 +368,24 @@ class Run:
         example = torch.zeros(2, *self.env.single_observation_space.shape, device=self.env.device)
         if not torch.isfinite(self.policy(example)).all():  # parameters near the largest number
             self._stop("the policy's action is not finite")
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= dict(script=script(), args=asdict(self.args), rng=torch.get_rng_state(), recent=list(self.recent))
+        own = {name: self.parts[name].state_dict() for name in OF_A_RANK if name in self.parts}
+        own = {name: {k: x.cpu() for k, x in state.items()} for name, state in own.items()}
+        of_ranks = ranks.gather(own | dict(rng=torch.get_rng_state()), everywhere=False)
+        if ranks.RANK:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()} | of_ranks[0]
+        state |= dict(script=script(), args=asdict(self.args), others=of_ranks[1:], recent=[*self.recent, *self.ended])
         state |= dict(sums=dict(self.sums), means=dict(self.means), best=self.best)  # of a row that is not yet due
         state |= dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=time.time() - self.start)
-        self._atomic(lambda path: torch.save(state, path), "checkpoint.pt")
+        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         self._save_policy("policy.pt2")
 
     def _save_policy(self, name: str):
+        if ranks.RANK:
+            return
         trained_on = dict(env=self.args.env, physics=self.args.physics)
         obs_dim, device = self.env.single_observation_space.shape[0], self.env.device
-        self._atomic(lambda path: write_policy(self.policy, obs_dim, device, path, **trained_on), name)
-
-    def _atomic(self, write, name: str):
-        """A file is there whole, or as it was before."""
-        temporary = self.folder / f"tmp-{name}"
-        try:
-            temporary.unlink(missing_ok=True)  # a link in the folder of another's run would be followed
-            write(temporary)
-            os.replace(temporary, self.folder / name)
-        except (OSError, RuntimeError) as e:  # torch says with a RuntimeError that a disk is full
-            with suppress(OSError):
-                temporary.unlink()
-            raise OSError(getattr(e, "errno", 0), getattr(e, "strerror", None) or str(e).split("\n")[0]) from e
+        write_whole(self.folder / name, lambda path: write_policy(self.policy, obs_dim, device, path, **trained_on))
 
     @contextmanager
     def _writing(self):

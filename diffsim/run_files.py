@@ -1,4 +1,4 @@
-"""The folder of a run: made where it can be, its config.json, and the rows that a resumed run keeps."""
+"""The folder of a run: made where it can be, files that are whole, config.json, and the tables of its numbers."""
 
 import csv
 import json
@@ -15,7 +15,10 @@ from itertools import count
 from math import isinf
 from pathlib import Path
 
+from torch.utils.tensorboard import SummaryWriter
+
 import diffsim
+from diffsim import ranks
 
 COLUMNS = ["iteration", "global_step", "wall_time_s"]  # of metrics.csv, the first
 HELD: dict[Path, int] = {}  # folders of this process, and the open files that lock them
@@ -66,8 +69,9 @@ def provenance() -> dict:
         commit = subprocess.run(asked, cwd=folder, capture_output=True, text=True).stdout.strip()
     versions = {name: version(name) for name in ("torch", "mujoco", "gymnasium", "numpy")}
     versions |= dict(python=sys.version.split()[0], diffsim=diffsim.__version__)
+    of_rank_0 = dict(processes=ranks.WORLD) if ranks.WORLD > 1 else {}  # whose command line it is
     date, command = time.strftime("%Y-%m-%dT%H:%M:%S%z"), shlex.join(sys.orig_argv)
-    return dict(date=date, command=command, commit=commit or None, versions=versions)
+    return dict(date=date, command=command, commit=commit or None, versions=versions) | of_rank_0
 
 
 def config(args, script: str, iteration: int, before: Path) -> str:
@@ -80,6 +84,54 @@ def config(args, script: str, iteration: int, before: Path) -> str:
         now = had | dict(resumed=[*had.get("resumed", []), now | dict(iteration=iteration)])
     flags = {k: str(v) if isinstance(v, float) and isinf(v) else v for k, v in asdict(args).items()}  # JSON has no inf
     return json.dumps(now | dict(script=script, args=flags), indent=1) + "\n"
+
+
+def write_whole(file: Path, write):
+    """`write(path)` makes a file: it is there whole, or as it was before. Raises OSError."""
+    temporary = file.with_name(f"tmp-{file.name}")
+    try:
+        temporary.unlink(missing_ok=True)  # a link in the folder of another's run would be followed
+        write(temporary)
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as e:  # torch says with a RuntimeError that a disk is full
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(getattr(e, "errno", 0), getattr(e, "strerror", None) or str(e).split("\n")[0]) from e
+
+
+class Tables:
+    """metrics.csv, and the same numbers as TensorBoard's events."""
+
+    def __init__(self, folder: Path, args, rows: list[dict], global_step: int):
+        self.folder = folder
+        self.rewrite(list(rows[0]) if rows else COLUMNS, rows)
+        self.writer = SummaryWriter(str(folder), purge_step=global_step or None)
+        table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+
+    def add(self, row: dict, numbers: dict, global_step: int):
+        """A row by column, and its numbers by tag."""
+        for tag, x in numbers.items():
+            self.writer.add_scalar(tag, x, global_step)
+        if new := [name for name in row if name not in self.metrics.fieldnames]:  # logged for the first time
+            with open(self.folder / "metrics.csv") as f:
+                rows = list(csv.DictReader(f))
+            self.rewrite([*self.metrics.fieldnames, *new], rows)
+        self.metrics.writerow(row)
+
+    def rewrite(self, columns: list[str], rows: list[dict]):
+        """metrics.csv with these columns and rows; later rows are appended, each whole before the next."""
+
+        def write(path: Path):
+            self.metrics_file = open(path, "w", newline="", buffering=1)  # renamed while open: rows go on arriving
+            self.metrics = csv.DictWriter(self.metrics_file, columns)
+            self.metrics.writeheader()
+            self.metrics.writerows(rows)
+
+        write_whole(self.folder / "metrics.csv", write)
+
+    def close(self):
+        self.writer.close()
 
 
 def read_rows(file: Path, global_step: int) -> list[dict]:

@@ -579,7 +579,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(still, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(csv.DictWriter, "writerows", lambda self, rows: half(run.folder / "tmp-metrics.csv"))
     with pytest.raises(OSError):
-        run._rewrite(["iteration"], table(run))
+        run.tables.rewrite(["iteration"], table(run))
     for name, content in before.items():
         assert (run.folder / name).read_bytes() == content
 
