@@ -96,7 +96,7 @@ DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), log_std_init=-1.0),  # to balance
     "hopper": dict(total_timesteps=8_000_000),
     "anymal": dict(total_timesteps=8_000_000),
-    "push": dict(total_timesteps=1_000_000), "hand": dict(total_timesteps=4_100_000, gamma=0.995, log_std_init=-1.0),
+    "hand": dict(total_timesteps=4_100_000, gamma=0.995, log_std_init=-1.0),
     "humanoid": dict(total_timesteps=8_000_000, actor_hidden=(256, 128), critic_hidden=(128, 128)),
     "on mujoco": dict(log_std_init=-1.0),
     **{f"{x}-v5 on mujoco": TWIN for x in ("Ant", "HalfCheetah", "Hopper", "Walker2d")},

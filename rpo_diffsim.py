@@ -9,6 +9,7 @@
 With one epoch this is SHAC: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper; CleanRL's RPO is another.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
+    python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
@@ -119,15 +120,13 @@ LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two f
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000), "anymal": dict(total_timesteps=3_000_000),
-    "push": dict(total_timesteps=1_000_000, horizon=32),
-    "hand": dict(total_timesteps=4_100_000, horizon=32, gamma=0.995),
+    "push": dict(horizon=32), "hand": dict(total_timesteps=4_100_000, horizon=32, gamma=0.995),
     "humanoid": BIG_CRITIC | dict(horizon=16, actor_learning_rate=7e-4, actor_hidden=(256, 128)),  # windows see a fall
     "ant on mujoco": ON_MUJOCO | BIG_CRITIC | dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
     ),
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
-    "hopper on mujoco": ON_MUJOCO | LEGGED | HOPPER,
-    "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
+    "hopper on mujoco": ON_MUJOCO | LEGGED | HOPPER, "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
     "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=4),

@@ -110,8 +110,7 @@ LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two f
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000), "anymal": dict(total_timesteps=3_000_000),
-    "push": dict(total_timesteps=1_000_000, horizon=32),
-    "hand": dict(total_timesteps=4_100_000, horizon=32, gamma=0.995),
+    "push": dict(horizon=32), "hand": dict(total_timesteps=4_100_000, horizon=32, gamma=0.995),
     "humanoid": BIG_CRITIC | dict(horizon=16, actor_learning_rate=1e-3, actor_hidden=(256, 128)),  # windows see a fall
     "ant on mujoco": ON_MUJOCO | BIG_CRITIC | dict(
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,

@@ -13,18 +13,8 @@ __name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-
 
 import numpy as np
 import pandas as pd
-from load import (
-    ALGORITHMS,
-    ESTIMATORS,
-    HERE,
-    evaluation_at,
-    iqm,
-    latest_ppo,
-    load_curves,
-    load_probes,
-    load_runs,
-    lowest_after_1m,
-)  # fmt: skip
+from load import ALGORITHMS, ESTIMATORS, HERE, evaluation_at, iqm, latest_ppo, load_curves, load_probes, load_runs
+from load import lowest_after_1m as lowest
 
 READMES = [HERE.parent / "README.md", HERE / "README.md"]
 PPO = ["", "mujoco", "gymnasium", "30k"]  # tags of its ordinary runs
@@ -88,6 +78,8 @@ COLUMNS = {
     "minutes": lambda g: f"{g.minutes.median():.1f}",
     "on MuJoCo": lambda g: spread(g.return_mujoco),
     "past a stop (rad)": lambda g: both_worst(g, "limit", 1, 2),
+    "goals reached": lambda g: spread(g.goals_diffsim, 2),
+    "goals on MuJoCo": lambda g: spread(g.goals_mujoco, 2),
     "into the ground (cm)": lambda g: both_worst(g, "depth", 100, 1),
     "while training": lambda g: spread(g.return_training),
     "10 more episodes": lambda g: spread(g.return_gymnasium.fillna(g.return_mujoco)),
@@ -101,7 +93,7 @@ COLUMNS = {
     "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
     "at RPO's minutes": lambda g: after(g, "wall_time_s", 60 * minutes_of_rpo(g.env.iloc[0])),
     "at 1M steps": lambda g: after(g, "global_step", 1e6),
-    "lowest after 1M / median": lambda g: spread(map(lowest_after_1m, g.run), 2),
+    "lowest after 1M / median": lambda g: spread(map(lowest, g.run), 2),
     "PPO in these steps": lambda g: ppo_after(g, "global_step", g.steps.median()),
     "PPO in these minutes": lambda g: ppo_after(g, "wall_time_s", 60 * g.minutes.median()),
 }
@@ -191,12 +183,16 @@ RPO_ON_ANT = "env == 'ant' and algorithm == 'RPO' and physics == 'diffsim'"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant
     "paper": (f"{RPO_ON_ANT} and tag in ['', 'paper']", "setting, steps, seeds, return, minutes, noise at the end"),
-    "learning": (IN_DIFFSIM, f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
+    "learning": (f"{IN_DIFFSIM} and env != 'hand'", f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
     "opponents": (
         AGAINST,
         "task, algorithm, setting, seeds, steps, minutes, at RPO's minutes, at 1M steps, lowest after 1M / median",
     ),
     "mujoco": (ON_MUJOCO, f"{BASIC}, engine, 10 more episodes, falls in 64, return of 64"),
+    "hand": (
+        f"{IN_DIFFSIM} and env == 'hand'",
+        f"{BASIC}, goals reached, on MuJoCo, goals on MuJoCo, falls in 64, past a stop (rad)",
+    ),
     "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9]+M') and tag != '1M'", f"{BASIC}, engine, on MuJoCo"),
     "equal_time": (
         f"({IN_DIFFSIM} or {ON_MUJOCO}) and algorithm in ['RPO', 'SHAC']",

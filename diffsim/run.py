@@ -64,7 +64,7 @@ class Run:
     def __init__(self, args, num_iterations: int, steps: int, episodes: int = 100):
         self.args, self.total, self.steps = args, num_iterations, steps
         self.iteration = self.global_step = 0
-        self.recent: deque = deque(maxlen=episodes)  # (return, length)
+        self.recent: deque = deque(maxlen=episodes)  # (return, length), of a task with goals successes, too
         self.ended: list = []  # the same of this process, since the last row
         self.numbers: dict[str, float] = {}  # of this iteration, by tag
         self.sums: dict[str, float] = defaultdict(float)  # since the last row: seconds of laps, bad states
@@ -162,7 +162,7 @@ class Run:
             name = "state of the run"
             torch.set_rng_state(checkpoint["rng"])
             self.best = checkpoint["best"] + 0.0
-            self.recent.extend((r + 0.0, length + 0) for r, length in checkpoint["recent"])  # they are numbers
+            self.recent.extend(tuple(x + 0 for x in episode) for episode in checkpoint["recent"])  # they are numbers
             self.sums.update({tag: x + 0 for tag, x in checkpoint["sums"].items()})
             self.means.update({tag: [x.to(self.env.device) for x in xs] for tag, xs in checkpoint["means"].items()})
             self.start -= checkpoint["wall_time_s"]
@@ -287,7 +287,7 @@ class Run:
         """Take note of the episodes that ended in a step."""
         if "episode" in info:
             ended = info["_episode"]
-            self.ended.extend(zip(info["episode"]["r"][ended].tolist(), info["episode"]["l"][ended].tolist()))
+            self.ended.extend(zip(*(x[ended].tolist() for x in info["episode"].values())))
             if "nonfinite" in info:
                 self.sums[NONFINITE] += int(info["nonfinite"].sum())
 
@@ -332,7 +332,7 @@ class Run:
         wall = time.time() - self.start
         numbers = {"charts/SPS": int(self.global_step / wall)} | self._gather()
         if self.recent:
-            tags = "charts/episodic_return", "charts/episodic_length"
+            tags = "charts/episodic_return", "charts/episodic_length", "charts/successes"
             numbers |= dict(zip(tags, np.mean(self.recent, 0).tolist()))
         numbers |= {tag: round(x, 4) for tag, x in self.sums.items()}
         if ranks.RANK == 0:
