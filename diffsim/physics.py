@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
@@ -51,6 +50,11 @@ SOURCES = (  # of the step
     "mjcf", "physics",
 )  # fmt: skip
 UNCOMPILED: set[Path] = set()  # what this process could not compile
+STEPS = ("writing out its equations", "turning them into loops", "compiling the C++")
+CHILD = """import os, signal, sys, threading  # ends with its parent, even while torch is imported
+threading.Thread(target=lambda: sys.stdin.read() or os.killpg(0, signal.SIGKILL), daemon=True).start()
+from diffsim.physics import _child
+_child(*sys.argv[1:])"""
 
 
 class CacheError(ValueError):
@@ -194,10 +198,11 @@ def _build(model: Model, num_envs: int, entry: Path) -> str | None:
         temporary.mkdir(parents=True)
         (temporary / "model.mjb").write_bytes(_binary(model))
         for kind in KINDS:
-            command = [sys.executable, "-W", "ignore", "-m", "diffsim.physics", str(work / kind), *arguments]
+            command = [sys.executable, "-W", "ignore", "-c", CHILD, str(work / kind), *arguments]
             with open(temporary / f"{kind}.log", "w") as log:
                 how = dict(stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)  # Ctrl-C is ours
                 children.append(subprocess.Popen(command, env=environment, **how))
+        _report(work, children)
         for kind, child in zip(KINDS, children):
             if child.wait():
                 said = (temporary / f"{kind}.log").read_text(errors="replace")
@@ -217,6 +222,18 @@ def _build(model: Model, num_envs: int, entry: Path) -> str | None:
         shutil.rmtree(work, ignore_errors=True)
     print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     return None
+
+
+def _report(work: Path, children: list[subprocess.Popen]):
+    """Wait until the children have ended, or one has failed, and say what they have come to."""
+    reached = 0
+    while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+        traced = all((work / kind).exists() for kind in KINDS)
+        generated = sum(1 for _ in (work / "temporary").rglob("*.kernel.cpp")) == len(KINDS)
+        for step in range(reached, 1 + traced + generated):
+            print(f"step {step + 1} of {len(STEPS)}: {STEPS[step]}", file=sys.stderr, flush=True)
+        reached = max(reached, 1 + traced + generated)
+        time.sleep(0.2)
 
 
 def _load(entry: Path, device: torch.device):
@@ -261,7 +278,8 @@ def _key(model: Model) -> str:
         if source.stem in SOURCES:
             digest.update(source.read_bytes())
     digest.update(_binary(model))
-    what = (model.softness, model.collisions, model.device, model.dtype, torch.get_num_threads(), torch.__version__)
+    what = (model.softness, model.collisions, model.device.type, model.dtype)
+    what += (torch.get_num_threads(), torch.__version__)
     digest.update(repr((what, torch.backends.cpu.get_cpu_capability(), mujoco.__version__)).encode())
     return digest.hexdigest()[:20]
 
@@ -285,7 +303,7 @@ def _compile(model: Model, num_envs: int, folder: Path):
     graph.recompile()
     for node in graph.graph.nodes:  # shapes as traced; the compiler infers its own
         node.meta.clear()
-    folder.mkdir()
+    folder.mkdir()  # says that the function is traced
     for file in torch._inductor.aot_compile(graph, tuple(inputs), options={**INDUCTOR, "aot_inductor.package": True}):
         if isinstance(file, str) and not file.endswith((".cpp", ".json")):  # on a GPU there are its kernels, too
             shutil.copy(file, folder / ("step.so" if file.endswith(".so") else Path(file).name))
@@ -293,17 +311,8 @@ def _compile(model: Model, num_envs: int, folder: Path):
 
 
 def _child(folder, softness, device, dtype, collisions, num_envs):
-    def end_with_parent():
-        sys.stdin.read()  # its end is the parent's
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     mj_model = mujoco.MjModel.from_binary_path(str(Path(folder).parent / "temporary" / "model.mjb"))
     dtype = getattr(torch, dtype.removeprefix("torch."))
     model = build_model(mj_model, Softness(*ast.literal_eval(softness)), device, dtype, collisions == "True")
     _compile(model, int(num_envs), Path(folder))
-
-
-if __name__ == "__main__":
-    _child(*sys.argv[1:])

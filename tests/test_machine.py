@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,13 @@ def test_a_cache_that_cannot_be_written_is_one_line_where_mujoco_runs(tmp_path, 
         env.step(torch.zeros(2, 1, requires_grad=True))
     explain(type(error.value), error.value, None)
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_all_gpus_of_a_machine_share_an_entry():
+    model = diffsim.make("cartpole", 2, compile=False).model
+    assert physics._key(replace(model, device=torch.device("cuda:0"))) == physics._key(
+        replace(model, device=torch.device("cuda", 1))
+    )
 
 
 @pytest.mark.parametrize("damage", ["empty file", "text", "empty folder", "cut off"])

@@ -171,7 +171,7 @@ def python(*args, **how) -> subprocess.Popen:
 def test_ctrl_c_at_any_time_is_one_line(delay, cartpole, tmp_path):
     """As a terminal sends it, to child processes too; all programs are interrupted at once."""
     flags = small("shac.py", run_dir=tmp_path, total_timesteps=10**6)
-    programs = [python("shac.py", *flags), python("-m", "diffsim.play", cartpole, "--episodes", 500)]
+    programs = [python("shac.py", *flags), python("-m", "diffsim.play", cartpole, "--episodes", 5000)]
     time.sleep(delay)
     for program in programs:
         os.killpg(program.pid, signal.SIGINT)

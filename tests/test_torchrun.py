@@ -1,6 +1,7 @@
 """Several processes of one run. torchrun itself where signals are sent; elsewhere two forks of this process, which has
 imported torch already, play its two processes."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.skipif(not Path("/dev/shm").exists(), reason="forks, an
 
 def play_rank(rank: int, folder: Path, function, args):
     """What a fork does: rank `rank` of two, on the loopback interface."""
+    gc.freeze()  # what other tests left, MuJoCo's thread pools among it, cannot be freed in a fork
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
