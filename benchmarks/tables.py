@@ -191,7 +191,7 @@ VARIANTS = {  # tables of by_variant
     "mujoco": (ON_MUJOCO, f"{BASIC}, engine, 10 more episodes, falls in 64, return of 64"),
     "hand": (
         f"{IN_DIFFSIM} and env == 'hand'",
-        f"{BASIC}, goals reached, on MuJoCo, goals on MuJoCo, falls in 64, past a stop (rad)",
+        f"{BASIC}, goals reached, goals on MuJoCo, return of 64, falls in 64, past a stop (rad)",
     ),
     "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9]+M') and tag != '1M'", f"{BASIC}, engine, on MuJoCo"),
     "equal_time": (
