@@ -140,7 +140,7 @@ def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), out: P
     """Draw these run folders into --out, or without any the READMEs' figures."""
     if folders:
         return draw(of_user(folders), out)
-    draw(committed(IN_DIFFSIM, "ant", "anymal", "humanoid"), HERE / "results.png")
+    draw(committed(IN_DIFFSIM, "ant", "anymal", "humanoid", "hand"), HERE / "results.png")
     draw(committed(ON_MUJOCO, "ant", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), HERE / "mujoco.png")
     draw_opponents(HERE / "opponents.png")
     draw_gradients(HERE / "gradients.png")
