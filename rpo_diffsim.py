@@ -351,7 +351,7 @@ if __name__ == "__main__":
             policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
             if args.score_share:  # noisier at first, but stiff contacts do not raise its variance
                 score = ppo_surrogate(new, u, old_log_prob, advantage - ranks.mean(advantage)).mean()
-                if epoch == 0:
+                if epoch == 0:  # one weight for all epochs
                     gradients = (grad(x, actor.parameters(), retain_graph=True) for x in (surrogate.mean(), score))
                     norm, score_norm = (nn.utils.get_total_norm(ranks.average(x)) for x in gradients)
                     score_coef = args.score_share * norm / score_norm.clamp_min(1e-30)

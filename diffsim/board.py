@@ -1,6 +1,6 @@
 """A board in shared memory, on which the processes of one machine write numbers for each other.
 
-A message by gloo wakes four sleeping threads, which takes longer than the update that it is for (README.md). Here who
+A message by gloo wakes four sleeping threads, which takes about as long as the update that it is for. Here who
 waits looks at the memory. Processors of x86 show what one wrote in the order in which it did; others need not.
 """
 

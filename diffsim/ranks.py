@@ -1,8 +1,8 @@
 """Several processes of one run, started by torchrun: each has its share of the environments, all the same networks.
 
 Numbers go by nccl on GPUs; on CPUs by a board in shared memory, or by gloo between machines. Without torchrun there is
-one process: nothing is sent, and each function returns what the caller would have computed itself. README.md lists the
-messages.
+one process: nothing is sent, and each function returns what the caller would have computed itself. diffsim/README.md
+lists the messages.
 """
 
 import os

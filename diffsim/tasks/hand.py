@@ -1,7 +1,8 @@
 """Hand Reorient: an Allegro hand, palm up, catches a cube and turns it to a goal, then to the next one.
 
-The task of SAPO's paper (Xing et al. 2025, arXiv 2412.12089), with 4 implicit substeps where theirs takes 64 explicit
-ones, and the cube's angular velocity in its own axes. It falls onto the fingers first: catching it is part of the task.
+The task of SAPO's paper (Xing et al. 2025, arXiv 2412.12089) and of RPO's, with 4 implicit substeps where theirs takes
+64 explicit ones, and the cube's angular velocity in its own axes. The cube falls onto the fingers first: catching it is
+part of the task.
 """
 
 from functools import cached_property
@@ -50,8 +51,9 @@ class Hand(Task):
         return turned - 10 * self.distance(qpos) + self.bonus(angle.detach())
 
     def bonus(self, angle: Tensor) -> Tensor:
-        """At most 125 at a goal: the paper's second sigmoid is 1/2 there, not 1. It has a slope only within 5 mrad of
-        `tolerance`, which no window meets but to be thrown off by: so it has no gradient here."""
+        """125 well inside `tolerance`, nothing at it: the paper's second sigmoid is 1/2 at most, and its first one has
+        to come to 1, which takes 8 mrad. So a goal that is met at less than about 1 rad/s is paid in part, and is over.
+        Its slope lies in those 8 mrad only, which no window meets but to be thrown off by: it has no gradient here."""
         reached = torch.sigmoid((self.tolerance - angle) / 1e-3)
         return 250 * torch.sigmoid((reached - 1) / 1e-3)
 
