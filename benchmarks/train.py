@@ -93,13 +93,14 @@ def replay(policy, env: str) -> dict:
         if physics != "gymnasium":
             row[f"limit_{physics}"] = float(played["limit_violation"].max())
             row[f"depth_{physics}"] = float(played["penetration"].max())
-        if "successes" in played:
-            row[f"goals_{physics}"] = float(played["successes"].mean())
     if env in diffsim.TASKS or not is_gymnasium_id(env):
         on_mujoco = playback_env(env, EPISODES_TO_FALL, "mujoco")
         played = rollout(on_mujoco, policy, EPISODES_TO_FALL)
         row["falls"] = int((played["length"] < on_mujoco.max_episode_steps).sum())
         row["falls_return"] = float(played["return"].mean())
+        if "successes" in played:
+            ours = rollout(playback_env(env, EPISODES_TO_FALL, "diffsim"), policy, EPISODES_TO_FALL)
+            row |= {"goals_diffsim": ours["successes"].mean(), "goals_mujoco": played["successes"].mean()}
     return row
 
 

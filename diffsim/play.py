@@ -71,9 +71,9 @@ def starts(env, episodes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     """First episode of the first `episodes` environments. Returns per episode: return, length, speed (m/s along x),
-    limit_violation (rad or m past a joint's stop), penetration (m of a geom into the ground or another body), saturation (share of the
-    actions beyond 95 % of their bound), of a task with goals successes, and the qpos of environment 0 (T, nq). Of a
-    Gymnasium environment: return, length and, where it runs on MuJoCo, qpos."""
+    limit_violation (rad or m past a joint's stop), penetration (m of a geom into the ground or a body), saturation
+    (share of the actions beyond 95 % of their bound), of a task with goals successes, and the qpos of environment 0
+    (T, nq). Of a Gymnasium environment: return, length and, where it runs on MuJoCo, qpos."""
     if isinstance(env, GymnasiumEnv):
         return _rollout_gymnasium(env, policy, episodes, seed)
     free = without_margins(env.model)
