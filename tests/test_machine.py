@@ -146,7 +146,8 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_does_is_not(c
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_build_ends_its_children_and_is_removed(signal_, cache, tmp_path, monkeypatch):
-    code = "import diffsim; diffsim.make('cartpole', 2)"
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # nohup does not
+    code = f"{heeded}; import diffsim; diffsim.make('cartpole', 2)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (logs := list(cache.glob("*.build/temporary/*.log"))) and process.poll() is None:
         time.sleep(0.02)
