@@ -29,6 +29,7 @@ from diffsim.physics import DiffsimPhysics
 from diffsim.tasks import Task
 from diffsim.tasks.check import check_methods, check_settings, reward_method, warn_of_typos
 
+STATE = ("qpos", "qvel", "last_action", "episode_length", "episode_return", "episode_successes")  # of each copy
 EXPLODED = 1e3  # m/s or rad/s: no robot here comes near it
 
 
@@ -241,8 +242,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
 
     def get_state(self) -> dict[str, Tensor]:
         """Everything that decides the future: physics, counters, random generator."""
-        names = ("qpos", "qvel", "last_action", "episode_length", "episode_return", "episode_successes")
-        state = {n: getattr(self, n).detach().clone() for n in names}
+        state = {n: getattr(self, n).detach().clone() for n in STATE}
         state |= dict(start_qpos=self._starts[0].clone(), start_qvel=self._starts[1].clone())
         return {**state, "generator": self._generator.get_state()}
 
@@ -260,7 +260,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             rows = slice(1 if name.startswith("start_") else None)  # there are as many starts as are left
             if state[name].shape[rows] != own.shape[rows] or state[name].ndim != own.ndim:
                 raise ValueError(f"state has {name} {tuple(state[name].shape)}, this environment {tuple(own.shape)}")
-        for name in ("qpos", "qvel", "last_action", "episode_length", "episode_return", "episode_successes"):
+        for name in STATE:
             setattr(self, name, state[name].to(before[name]).clone())
         self._starts = [state[n].to(self.qpos.detach()).clone() for n in ("start_qpos", "start_qvel")]
         self._generator.set_state(state["generator"].cpu())
