@@ -26,11 +26,10 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch.distributions import Normal
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
 
 from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
+from diffsim.graphs import compiler
 from diffsim.play import Evaluator
 from diffsim.replay import ReplayBuffer
 from diffsim.run import Run
@@ -125,15 +124,39 @@ DEFAULTS = {
 }
 
 
-def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
+class NormalizedLinear(nn.Module):
+    """A linear layer whose weight is divided by its largest singular value u^T W v (Miyato et al. 2018)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.raw, self.bias = linear.weight, linear.bias
+        for name, size in zip("uv", self.raw.shape):
+            self.register_buffer(name, nn.functional.normalize(torch.randn(size), dim=0))
+        self.iterate(15)
+
+    @property
+    def weight(self):
+        return self.raw / torch.dot(self.u, self.raw @ self.v)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    @torch.no_grad()
+    def iterate(self, times: int):
+        """Power iterations, due when the weight has changed."""
+        for _ in range(times):
+            self.u.copy_(nn.functional.normalize(self.raw @ self.v, dim=0))
+            self.v.copy_(nn.functional.normalize(self.raw.T @ self.u, dim=0))
+
+
+def mlp(sizes: list[int], normalized: range = range(0)) -> nn.Sequential:
     """Linear layers with activations between; those of the indices `normalized` have a largest singular value of 1."""
     layers: list[nn.Module] = []
     for k, (i, o) in enumerate(zip(sizes[:-1], sizes[1:])):
         linear = nn.Linear(i, o)
         nn.init.orthogonal_(linear.weight, 0.01 if k == len(sizes) - 2 else 1.0 if k in normalized else 2**0.5)
         nn.init.zeros_(linear.bias)
-        layers.append(spectral_norm(linear, n_power_iterations=args.power_iterations) if k in normalized else linear)
-        layers.append(nn.ReLU())
+        layers += [NormalizedLinear(linear) if k in normalized else linear, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -143,23 +166,13 @@ def squashed_log_prob(policy: Normal, u):
     return (policy.log_prob(u) - log_slope).sum(-1)
 
 
-@torch.no_grad()
-def update_spectral_norm(net: nn.Sequential):
-    """Power iterations on weights that have changed; at other times (eval mode) u and v of the estimate stay."""
-    for layer in net:
-        if parametrize.is_parametrized(layer):
-            layer.parametrizations.train()
-            layer.weight  # noqa: B018  computing it iterates
-            layer.parametrizations.eval()
-
-
 class Actor(nn.Module):
     """Gaussian over u, squashed: action = tanh(u) in (-1, 1)."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim, *args.actor_hidden, 2 * act_dim]
-        self.net = mlp(sizes, args, range(1, len(args.actor_hidden) if args.spectral_norm else 0))
+        self.net = mlp(sizes, range(1, len(args.actor_hidden) if args.spectral_norm else 0))
         self.log_std_init = args.log_std_init
 
     def distribution(self, z) -> Normal:
@@ -187,7 +200,7 @@ class Actor(nn.Module):
 def move_average(average: Actor, actor: Actor, rate: float):
     """Move an average, which has plain weights, towards the normalised weights of the policy."""
     for mean, layer in zip(average.net, actor.net):
-        if isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.ReLU):
             mean.weight.lerp_(layer.weight, rate)
             mean.bias.lerp_(layer.bias, rate)
 
@@ -198,7 +211,7 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim + act_dim, *args.critic_hidden, 1]
-        self.members = nn.ModuleList(mlp(sizes, args) for _ in range(2))
+        self.members = nn.ModuleList(mlp(sizes) for _ in range(2))
 
     def forward(self, z, action):
         inputs = torch.cat([z, action], -1)
@@ -211,8 +224,8 @@ class Model(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         normalized = range(len(args.model_hidden) if args.spectral_norm else 0)
-        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args, normalized)
-        self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args)
+        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], normalized)
+        self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2])
         self.register_buffer("change", torch.ones(obs_dim))  # root mean square of s' - s
         self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and deviation
 
@@ -365,6 +378,20 @@ def objective(gradient: str, actor, model, critic, segment: dict, noise, gamma: 
     return score_surrogate(actor, critic, visited, alpha), entropy
 
 
+def gradients(loss, module: nn.Module, max_norm: float = math.inf):
+    """Of the module's parameters, scaled down to a norm; and their norm before."""
+    grads = torch.autograd.grad(loss, list(module.parameters()))
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    return [g * (max_norm / (norm + 1e-6)).clamp(max=1.0) for g in grads], norm
+
+
+def descend(optimizer, grads):
+    """One step of the optimiser."""
+    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads):
+        parameter.grad = grad
+    optimizer.step()
+
+
 def normalized(normalizer, sample: dict) -> dict:
     """A sample of the buffer with z and z_next, normalised observations, instead of obs and final_obs."""
     rest = {k: x for k, x in sample.items() if k not in ("obs", "final_obs")}
@@ -396,10 +423,8 @@ if __name__ == "__main__":
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, fused=True)
     model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
     temperature = nn.ParameterList([torch.tensor(args.entropy_coef).log()]).to(env.device)
-    temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate)
+    temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate, fused=True)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs)
-    for module in (actor, model, critic, target_critic):
-        module.eval()  # spectral normalisation iterates in training mode only: see update_spectral_norm
     run.restore(
         policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
@@ -413,6 +438,39 @@ if __name__ == "__main__":
         first = -(-args.learning_starts // args.num_envs) * args.num_envs
         return int(max(0, global_step - first + args.num_envs) * args.update_ratio)
 
+    # The computations of a step, each one graph where it is compiled: forward, backward and all.
+    compiled = compiler(args.compile and args.device == "cpu")
+
+    @compiled
+    def model_gradients(sample):
+        batch = normalized(normalizer, sample)
+        action = torch.tanh(batch["u"])
+        losses = model.loss(batch["z"], action, batch["reward"], batch["z_next"], batch["terminated"])
+        return gradients(sum(losses), model, args.max_grad_norm)[0], torch.stack(losses).detach()
+
+    @compiled
+    def critic_gradients(sample, noise, alpha):
+        """Soft Bellman targets from real steps."""
+        batch = normalized(normalizer, sample)
+        with torch.no_grad():
+            next_action, log_prob, _ = actor(batch["z_next"], noise)
+            next_value = target_critic(batch["z_next"], next_action).amin(0) - alpha * log_prob
+            target = batch["reward"] + args.gamma * ~batch["terminated"] * next_value
+        loss = (critic(batch["z"], torch.tanh(batch["u"])) - target).square().mean(1).sum()
+        return gradients(loss, critic)[0], loss.detach(), target.mean()
+
+    def actor_gradients(name, segment, noise, alpha):
+        segment = normalized(normalizer, segment)
+        value, entropy = objective(name, actor, model, critic, segment, noise, args.gamma, alpha)
+        return *gradients(-value.mean(), actor, args.max_grad_norm), -value.mean().detach(), entropy.detach()
+
+    @compiled
+    def power_iterations(net):
+        for layer in net:
+            if isinstance(layer, NormalizedLinear):
+                layer.iterate(args.power_iterations)
+
+    expansion_gradients = compiled(actor_gradients)
     obs = env.detach()
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
@@ -437,26 +495,17 @@ if __name__ == "__main__":
         for update in range(updates_due(run.global_step - args.num_envs), updates_due(run.global_step)):
             # --- model: one-step predictions ---------------------------------------------------------------------
             for _ in range(args.model_updates):
-                batch = normalized(normalizer, {k: x[0] for k, x in buffer.sample(args.batch_size).items()})
-                action = torch.tanh(batch["u"])
-                losses = model.loss(batch["z"], action, batch["reward"], batch["z_next"], batch["terminated"])
-                model_optimizer.zero_grad()
-                sum(losses).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                model_optimizer.step()
-                update_spectral_norm(model.dynamics)
+                segment = buffer.sample(args.batch_size)
+                batch = {k: x[0] for k, x in segment.items()}
+                grads, losses = model_gradients(batch)
+                descend(model_optimizer, grads)
+                power_iterations(model.dynamics)
             run.lap("model")
 
-            # --- critics: soft Bellman targets from real steps ---------------------------------------------------
-            entropy_coef = float(temperature[0].detach().exp())
-            with torch.no_grad():
-                next_action, log_prob, _ = actor(batch["z_next"], torch.randn_like(batch["u"]))
-                next_value = target_critic(batch["z_next"], next_action).amin(0) - entropy_coef * log_prob
-                target = batch["reward"] + args.gamma * ~batch["terminated"] * next_value
-            value_loss = (critic(batch["z"], action) - target).square().mean(1).sum()
-            critic_optimizer.zero_grad()
-            value_loss.backward()
-            critic_optimizer.step()
+            # --- critics -----------------------------------------------------------------------------------------
+            alpha = temperature[0].detach().exp()
+            grads, value_loss, q_value = critic_gradients(batch, torch.randn_like(batch["u"]), alpha)
+            descend(critic_optimizer, grads)
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             run.lap("critic")
 
@@ -464,30 +513,20 @@ if __name__ == "__main__":
             if (update + 1) % args.policy_frequency:
                 continue
             h = args.unroll if run.global_step > args.model_warmup else 0
-            gradient = args.gradient if h else "dp"
-            segment = {k: x[None] for k, x in batch.items()}
+            gradient, take = (args.gradient, expansion_gradients) if h else ("dp", actor_gradients)
             if gradient == "dr":
-                segment = normalized(normalizer, buffer.sample(args.batch_size, h, args.dr_recent))
+                segment = buffer.sample(args.batch_size, h, args.dr_recent)
             noise = torch.randn(h + 1, args.batch_size, act_dim, device=env.device)
-            with parametrize.cached():  # the normalised weights once, not once per step of the expansion ...
-                for layer in filter(parametrize.is_parametrized, actor.net):
-                    layer.weight  # noqa: B018  ... and with their graph: dr and lr begin without one
-                value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, entropy_coef)
-                policy_loss = -value.mean()
-                actor_optimizer.zero_grad()
-                policy_loss.backward(inputs=list(actor.parameters()))
-            grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+            grads, grad_norm, policy_loss, entropy = take(gradient, segment, noise, alpha)
             if grad_norm.isfinite():
-                actor_optimizer.step()
-                update_spectral_norm(actor.net)
+                descend(actor_optimizer, grads)
+                power_iterations(actor.net)
                 move_average(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))
                 if args.learn_entropy_coef:
-                    temperature_optimizer.zero_grad()
-                    (temperature[0].exp() * (entropy.detach() - target_entropy)).backward()
-                    temperature_optimizer.step()
+                    descend(temperature_optimizer, [alpha * (entropy - target_entropy)])
             run.lap("actor")
             run.mean({
-                "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/q_value": target.mean(),
+                "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/q_value": q_value,
                 "losses/state_loss": losses[0], "losses/reward_loss": losses[1], "losses/termination_loss": losses[2],
                 "losses/entropy": entropy, "grad/norm_before_clip": grad_norm, "grad/nonfinite": ~grad_norm.isfinite(),
             })  # fmt: skip

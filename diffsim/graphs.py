@@ -1,0 +1,42 @@
+"""Functions of tensors compiled by torch.compile, gradients inside, kept on disk."""
+
+import os
+import sys
+import warnings
+
+import torch
+
+from diffsim.physics import cache_dir, compiler_error
+
+
+def compiler(wanted: bool):
+    """A decorator: of a function that takes and returns tensors of fixed shapes, and may call torch.autograd.grad, it
+    makes one graph at the first call. Where it cannot be compiled it runs as it is, and a line says so once."""
+    error = compiler_error() if wanted else None
+    slow = "the updates run uncompiled, at half the speed (--no-compile silences this)"
+    if error:
+        warnings.warn(f"{error}: {slow}", stacklevel=2)
+    if error or not wanted:
+        return lambda function: function
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "updates"))
+    torch._dynamo.config.trace_autograd_ops = True
+    torch._inductor.config.compile_threads = 1
+    print("compiling the updates: about a minute once, then seconds", file=sys.stderr, flush=True)
+
+    def compiled(function):
+        run = torch.compile(
+            function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True, "fallback_random": True}
+        )
+
+        def call(*inputs):
+            nonlocal run
+            try:
+                return run(*inputs)
+            except torch._dynamo.exc.TorchDynamoException as e:
+                warnings.warn(f"{str(e).partition(chr(10))[0]}: {slow}", stacklevel=2)
+                run = function
+                return run(*inputs)
+
+        return call
+
+    return compiled
