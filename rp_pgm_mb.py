@@ -33,6 +33,7 @@ from diffsim.graphs import compiler
 from diffsim.play import Evaluator
 from diffsim.replay import ReplayBuffer
 from diffsim.run import Run
+from diffsim.spectral_norm import NormalizedLinear, power_iterations
 
 # isort: split
 from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, Rate, Ratio, Seed  # bounds
@@ -122,31 +123,6 @@ DEFAULTS = {
     "HalfCheetah-v5": dict(total_timesteps=200_000),
     "on diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
 }
-
-
-class NormalizedLinear(nn.Module):
-    """A linear layer whose weight is divided by its largest singular value u^T W v (Miyato et al. 2018)."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.raw, self.bias = linear.weight, linear.bias
-        for name, size in zip("uv", self.raw.shape):
-            self.register_buffer(name, nn.functional.normalize(torch.randn(size), dim=0))
-        self.iterate(15)
-
-    @property
-    def weight(self):
-        return self.raw / torch.dot(self.u, self.raw @ self.v)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight, self.bias)
-
-    @torch.no_grad()
-    def iterate(self, times: int):
-        """Power iterations, due when the weight has changed."""
-        for _ in range(times):
-            self.u.copy_(nn.functional.normalize(self.raw @ self.v, dim=0))
-            self.v.copy_(nn.functional.normalize(self.raw.T @ self.u, dim=0))
 
 
 def mlp(sizes: list[int], normalized: range = range(0)) -> nn.Sequential:
@@ -295,18 +271,17 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
     """
     running = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     weight, visited = torch.ones_like(z[:, 0]), []
-    for i in range(len(noise)):
-        action, log_prob, u = actor(z, noise[i])
-        if i == len(noise) - 1:
-            gain = weight * (critic(z, action).amin(0) - alpha * log_prob)
-            visited.append(dict(z=z, u=u, log_prob=log_prob, gain=gain, weight=weight, counts=torch.ones_like(running)))
-            break
+    for i, eps in enumerate(noise[:-1]):
+        action, log_prob, u = actor(z, eps)
         z_next, reward, goes_on, ended = step(i, z, action)
         gain = torch.where(running, weight * (reward - alpha * log_prob), 0.0)
         visited.append(dict(z=z, u=u, log_prob=log_prob, gain=gain, weight=weight, counts=running))
         weight = torch.where(running, weight * gamma * goes_on, weight)
         z = torch.where(running[:, None], z_next, z)
         running = running & ~ended
+    action, log_prob, u = actor(z, noise[-1])
+    gain = weight * (critic(z, action).amin(0) - alpha * log_prob)
+    visited.append(dict(z=z, u=u, log_prob=log_prob, gain=gain, weight=weight, counts=torch.ones_like(running)))
     return sum(v["gain"] for v in visited), -torch.stack([v["log_prob"] for v in visited]).mean(), visited
 
 
@@ -378,18 +353,12 @@ def objective(gradient: str, actor, model, critic, segment: dict, noise, gamma: 
     return score_surrogate(actor, critic, visited, alpha), entropy
 
 
-def gradients(loss, module: nn.Module, max_norm: float = math.inf):
-    """Of the module's parameters, scaled down to a norm; and their norm before."""
-    grads = torch.autograd.grad(loss, list(module.parameters()))
-    norm = torch.stack([g.norm() for g in grads]).norm()
-    return [g * (max_norm / (norm + 1e-6)).clamp(max=1.0) for g in grads], norm
-
-
-def descend(optimizer, grads):
-    """One step of the optimiser."""
-    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads):
-        parameter.grad = grad
-    optimizer.step()
+def differentiate(loss, module: nn.Module, max_norm: float = math.inf):
+    """Leaves the gradient in the module's parameters, scaled down to a norm; returns its norm before."""
+    for parameter in module.parameters():
+        parameter.grad = None
+    loss.backward(inputs=list(module.parameters()))
+    return nn.utils.clip_grad_norm_(module.parameters(), max_norm, foreach=False)
 
 
 def normalized(normalizer, sample: dict) -> dict:
@@ -438,92 +407,92 @@ if __name__ == "__main__":
         first = -(-args.learning_starts // args.num_envs) * args.num_envs
         return int(max(0, global_step - first + args.num_envs) * args.update_ratio)
 
-    # The computations of a step, each one graph where it is compiled: forward, backward and all.
+    # --- what is computed in a step: each function is one graph, where it is compiled ------------------------------
     compiled = compiler(args.compile and args.device == "cpu")
+    act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
 
     @compiled
-    def model_gradients(sample):
+    def note(obs, reward, final_obs):
+        normalizer.update(obs)
+        changes.update(final_obs - obs)
+        rewards.update(reward[:, None])
+        model.change.copy_((changes.mean.square() + changes.var).sqrt() * torch.rsqrt(normalizer.var + 1e-5) + 1e-6)
+        model.reward.copy_(torch.cat([rewards.mean, rewards.var.sqrt() + 1e-6]))
+
+    @compiled
+    def model_gradient(sample):  # one-step predictions
         batch = normalized(normalizer, sample)
         action = torch.tanh(batch["u"])
         losses = model.loss(batch["z"], action, batch["reward"], batch["z_next"], batch["terminated"])
-        return gradients(sum(losses), model, args.max_grad_norm)[0], torch.stack(losses).detach()
+        differentiate(sum(losses), model, args.max_grad_norm)
+        return torch.stack(losses).detach()
 
     @compiled
-    def critic_gradients(sample, noise, alpha):
-        """Soft Bellman targets from real steps."""
+    def critic_gradient(sample, noise, alpha):  # soft Bellman targets from real steps
         batch = normalized(normalizer, sample)
         with torch.no_grad():
             next_action, log_prob, _ = actor(batch["z_next"], noise)
             next_value = target_critic(batch["z_next"], next_action).amin(0) - alpha * log_prob
             target = batch["reward"] + args.gamma * ~batch["terminated"] * next_value
-        loss = (critic(batch["z"], torch.tanh(batch["u"])) - target).square().mean(1).sum()
-        return gradients(loss, critic)[0], loss.detach(), target.mean()
+        value_loss = (critic(batch["z"], torch.tanh(batch["u"])) - target).square().mean(1).sum()
+        differentiate(value_loss, critic)
+        return value_loss.detach(), target.mean()
 
-    def actor_gradients(name, segment, noise, alpha):
+    def policy_gradient(gradient, segment, noise, alpha):
         segment = normalized(normalizer, segment)
-        value, entropy = objective(name, actor, model, critic, segment, noise, args.gamma, alpha)
-        return *gradients(-value.mean(), actor, args.max_grad_norm), -value.mean().detach(), entropy.detach()
+        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
+        grad_norm = differentiate(-value.mean(), actor, args.max_grad_norm)
+        return -value.mean().detach(), entropy.detach(), grad_norm
 
-    @compiled
-    def power_iterations(net):
-        for layer in net:
-            if isinstance(layer, NormalizedLinear):
-                layer.iterate(args.power_iterations)
-
-    expansion_gradients = compiled(actor_gradients)
+    expansion_gradient, renormalize = compiled(policy_gradient), compiled(power_iterations)
     obs = env.detach()
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
         with torch.no_grad():
             if run.global_step - args.num_envs < args.learning_starts:
-                u = torch.atanh((2 * torch.rand(args.num_envs, act_dim, device=env.device) - 1).clamp(-0.9999, 0.9999))
+                u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = actor(normalizer(obs), torch.randn(args.num_envs, act_dim, device=env.device))
+                action, log_prob, u = act(obs, torch.randn(args.num_envs, act_dim, device=env.device))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated)
-            normalizer.update(obs)
-            changes.update(info["final_obs"] - obs)
-            rewards.update(reward[:, None])
-            model.change.copy_((changes.mean.square() + changes.var).sqrt() * torch.rsqrt(normalizer.var + 1e-5) + 1e-6)
-            model.reward.copy_(torch.cat([rewards.mean, rewards.var.sqrt() + 1e-6]))
+            note(obs, reward, info["final_obs"])
         run.episodes(info)
         obs = next_obs
         run.lap("env")
 
+        # --- updates of model, critics and policy ----------------------------------------------------------------
         for update in range(updates_due(run.global_step - args.num_envs), updates_due(run.global_step)):
-            # --- model: one-step predictions ---------------------------------------------------------------------
             for _ in range(args.model_updates):
                 segment = buffer.sample(args.batch_size)
                 batch = {k: x[0] for k, x in segment.items()}
-                grads, losses = model_gradients(batch)
-                descend(model_optimizer, grads)
-                power_iterations(model.dynamics)
+                losses = model_gradient(batch)
+                model_optimizer.step()
+                renormalize(model.dynamics, args.power_iterations)
             run.lap("model")
 
-            # --- critics -----------------------------------------------------------------------------------------
             alpha = temperature[0].detach().exp()
-            grads, value_loss, q_value = critic_gradients(batch, torch.randn_like(batch["u"]), alpha)
-            descend(critic_optimizer, grads)
+            value_loss, q_value = critic_gradient(batch, torch.randn_like(batch["u"]), alpha)
+            critic_optimizer.step()
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             run.lap("critic")
 
-            # --- policy: the gradient of the expansion -----------------------------------------------------------
             if (update + 1) % args.policy_frequency:
                 continue
             h = args.unroll if run.global_step > args.model_warmup else 0
-            gradient, take = (args.gradient, expansion_gradients) if h else ("dp", actor_gradients)
+            gradient, ascend = (args.gradient, expansion_gradient) if h else ("dp", policy_gradient)
             if gradient == "dr":
                 segment = buffer.sample(args.batch_size, h, args.dr_recent)
             noise = torch.randn(h + 1, args.batch_size, act_dim, device=env.device)
-            grads, grad_norm, policy_loss, entropy = take(gradient, segment, noise, alpha)
+            policy_loss, entropy, grad_norm = ascend(gradient, segment, noise, alpha)
             if grad_norm.isfinite():
-                descend(actor_optimizer, grads)
-                power_iterations(actor.net)
+                actor_optimizer.step()
+                renormalize(actor.net, args.power_iterations)
                 move_average(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))
                 if args.learn_entropy_coef:
-                    descend(temperature_optimizer, [alpha * (entropy - target_entropy)])
+                    temperature[0].grad = alpha * (entropy - target_entropy)
+                    temperature_optimizer.step()
             run.lap("actor")
             run.mean({
                 "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/q_value": q_value,

@@ -9,6 +9,7 @@ import torch
 
 import diffsim
 import rp_pgm_mb as rp
+from diffsim.spectral_norm import NormalizedLinear
 from tests import run_fresh, run_script
 from tests.test_shac import play, rows
 
@@ -222,7 +223,7 @@ def singular_values(net):
     return [
         float(torch.linalg.matrix_norm(layer.weight.detach(), 2))
         for layer in net
-        if isinstance(layer, torch.nn.Linear) and torch.nn.utils.parametrize.is_parametrized(layer)
+        if isinstance(layer, NormalizedLinear)
     ]
 
 
