@@ -56,6 +56,8 @@ class Args(RunArgs):
     """estimator of the policy gradient: see the first lines of this file"""
     unroll: Natural = 3
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic"""
+    critic_unroll: Natural = 0
+    """steps of the model's expansion in the critics' targets: with more the critics follow the policy faster"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
     power_iterations: Few = 5
@@ -119,7 +121,7 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0),  # as MBPO's (Janner et al. 2019, arXiv 1906.08253)
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, critic_unroll=3, tau=0.02),  # entropy: MBPO
     "HalfCheetah-v5": dict(total_timesteps=200_000),
     "on diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
 }
@@ -410,6 +412,7 @@ if __name__ == "__main__":
     # --- what is computed in a step: each function is one graph, where it is compiled ------------------------------
     compiled = compiler(args.compile and args.device == "cpu")
     act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
+    renormalize = compiled(lambda net: power_iterations(net, args.power_iterations))
 
     @compiled
     def note(obs, reward, final_obs):
@@ -427,12 +430,11 @@ if __name__ == "__main__":
         differentiate(sum(losses), model, args.max_grad_norm)
         return torch.stack(losses).detach()
 
-    @compiled
-    def critic_gradient(sample, noise, alpha):  # soft Bellman targets from real steps
-        batch = normalized(normalizer, sample)
+    def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
+        batch, step = normalized(normalizer, sample), partial(predicted_step, model)
         with torch.no_grad():
-            next_action, log_prob, _ = actor(batch["z_next"], noise)
-            next_value = target_critic(batch["z_next"], next_action).amin(0) - alpha * log_prob
+            torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+            next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha)
             target = batch["reward"] + args.gamma * ~batch["terminated"] * next_value
         value_loss = (critic(batch["z"], torch.tanh(batch["u"])) - target).square().mean(1).sum()
         differentiate(value_loss, critic)
@@ -444,7 +446,7 @@ if __name__ == "__main__":
         grad_norm = differentiate(-value.mean(), actor, args.max_grad_norm)
         return -value.mean().detach(), entropy.detach(), grad_norm
 
-    expansion_gradient, renormalize = compiled(policy_gradient), compiled(power_iterations)
+    warmup, later = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     obs = env.detach()
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
@@ -469,26 +471,28 @@ if __name__ == "__main__":
                 batch = {k: x[0] for k, x in segment.items()}
                 losses = model_gradient(batch)
                 model_optimizer.step()
-                renormalize(model.dynamics, args.power_iterations)
+                renormalize(model.dynamics)
             run.lap("model")
 
             alpha = temperature[0].detach().exp()
-            value_loss, q_value = critic_gradient(batch, torch.randn_like(batch["u"]), alpha)
+            expand = run.global_step > args.model_warmup
+            fit, ascend = later if expand else warmup
+            noise = torch.randn(1 + expand * args.critic_unroll, args.batch_size, act_dim, device=env.device)
+            value_loss, q_value = fit(batch, noise, alpha)
             critic_optimizer.step()
-            torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             run.lap("critic")
 
             if (update + 1) % args.policy_frequency:
                 continue
-            h = args.unroll if run.global_step > args.model_warmup else 0
-            gradient, ascend = (args.gradient, expansion_gradient) if h else ("dp", policy_gradient)
+            h = expand * args.unroll
+            gradient = args.gradient if h else "dp"
             if gradient == "dr":
                 segment = buffer.sample(args.batch_size, h, args.dr_recent)
             noise = torch.randn(h + 1, args.batch_size, act_dim, device=env.device)
             policy_loss, entropy, grad_norm = ascend(gradient, segment, noise, alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
-                renormalize(actor.net, args.power_iterations)
+                renormalize(actor.net)
                 move_average(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))
                 if args.learn_entropy_coef:
                     temperature[0].grad = alpha * (entropy - target_entropy)
