@@ -56,12 +56,10 @@ class Args(RunArgs):
     """estimator of the policy gradient: see the first lines of this file"""
     unroll: Natural = 3
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic"""
-    critic_unroll: Natural = 0
-    """steps of the model's expansion in the critics' targets: with more the critics follow the policy faster"""
+    expand_critic: bool = False
+    """the critics' targets are expansions, too, of as many steps: the critics follow the policy faster"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
-    power_iterations: Few = 5
-    """power iterations of the spectral normalisation in an update"""
     learning_starts: Count = 1_000
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
@@ -93,9 +91,7 @@ class Args(RunArgs):
     policy_average: Fraction = 0.001
     """step towards the policy of the average that is evaluated and saved, at first a plain mean; 1: the policy"""
     entropy_coef: Rate = 0.1
-    """initial temperature: weight of the policy's entropy in every reward"""
-    learn_entropy_coef: bool = True
-    """adapt the temperature so that the entropy comes to target_entropy"""
+    """initial temperature: weight of the policy's entropy in every reward; it adapts to target_entropy"""
     target_entropy: Number | None = None
     """entropy of the policy, after the tanh, that the temperature aims at; default: -act_dim"""
     actor_hidden: Layers = (128, 128)
@@ -121,7 +117,7 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, critic_unroll=3, tau=0.02),  # entropy: MBPO
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, expand_critic=True, tau=0.02),  # entropy: MBPO
     "HalfCheetah-v5": dict(total_timesteps=200_000),
     "on diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
 }
@@ -268,8 +264,8 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
     """V (B,) = sum_(i<h) gamma^i (r_i - alpha log pi_i) + gamma^h (Q(s_h, a_h) - alpha log pi_h).
 
     Also the mean entropy, and what the score function wants to know of each step. noise: (h + 1, B, act_dim).
-    `step(i, z, action)` -> next z, reward, share of episodes that go on, and which have ended: of a model, or of the
-    world. Where an episode ends the expansion ends, with the value of its last state.
+    `step(i, z, action)` -> next z, reward, share of episodes that go on, and which have ended, where the expansion ends
+    with the value of their last state: of a model, or of the world.
     """
     running = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     weight, visited = torch.ones_like(z[:, 0]), []
@@ -364,9 +360,8 @@ def differentiate(loss, module: nn.Module, max_norm: float = math.inf):
 
 
 def normalized(normalizer, sample: dict) -> dict:
-    """A sample of the buffer with z and z_next, normalised observations, instead of obs and final_obs."""
-    rest = {k: x for k, x in sample.items() if k not in ("obs", "final_obs")}
-    return rest | dict(z=normalizer(sample["obs"]), z_next=normalizer(sample["final_obs"]))
+    """A sample of the buffer with z and z_next, its normalised observations."""
+    return sample | dict(z=normalizer(sample["obs"]), z_next=normalizer(sample["final_obs"]))
 
 
 if __name__ == "__main__":
@@ -405,14 +400,13 @@ if __name__ == "__main__":
     if args.resume and args.physics == "gymnasium":
         buffer.data["truncated"][(buffer.count - 1) % buffer.capacity] = True  # its episodes start anew
 
-    def updates_due(global_step: int) -> int:  # since the first one, at learning_starts
-        first = -(-args.learning_starts // args.num_envs) * args.num_envs
-        return int(max(0, global_step - first + args.num_envs) * args.update_ratio)
+    def updates_due(global_step: int) -> int:
+        return int(max(0, global_step - args.learning_starts) * args.update_ratio)
 
     # --- what is computed in a step: each function is one graph, where it is compiled ------------------------------
     compiled = compiler(args.compile and args.device == "cpu")
     act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
-    renormalize = compiled(lambda net: power_iterations(net, args.power_iterations))
+    renormalize = compiled(lambda net: power_iterations(net))
 
     @compiled
     def note(obs, reward, final_obs):
@@ -425,8 +419,7 @@ if __name__ == "__main__":
     @compiled
     def model_gradient(sample):  # one-step predictions
         batch = normalized(normalizer, sample)
-        action = torch.tanh(batch["u"])
-        losses = model.loss(batch["z"], action, batch["reward"], batch["z_next"], batch["terminated"])
+        losses = model.loss(batch["z"], torch.tanh(batch["u"]), batch["reward"], batch["z_next"], batch["terminated"])
         differentiate(sum(losses), model, args.max_grad_norm)
         return torch.stack(losses).detach()
 
@@ -446,8 +439,8 @@ if __name__ == "__main__":
         grad_norm = differentiate(-value.mean(), actor, args.max_grad_norm)
         return -value.mean().detach(), entropy.detach(), grad_norm
 
-    warmup, later = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
-    obs = env.detach()
+    short, long = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
+    randn, obs = partial(torch.randn, device=env.device), env.detach()
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
         with torch.no_grad():
@@ -455,7 +448,7 @@ if __name__ == "__main__":
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = act(obs, torch.randn(args.num_envs, act_dim, device=env.device))
+                action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated)
@@ -475,28 +468,24 @@ if __name__ == "__main__":
             run.lap("model")
 
             alpha = temperature[0].detach().exp()
-            expand = run.global_step > args.model_warmup
-            fit, ascend = later if expand else warmup
-            noise = torch.randn(1 + expand * args.critic_unroll, args.batch_size, act_dim, device=env.device)
-            value_loss, q_value = fit(batch, noise, alpha)
+            h = args.unroll if run.global_step > args.model_warmup else 0
+            fit, ascend = long if h else short
+            value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, args.batch_size, act_dim), alpha)
             critic_optimizer.step()
             run.lap("critic")
 
             if (update + 1) % args.policy_frequency:
                 continue
-            h = expand * args.unroll
             gradient = args.gradient if h else "dp"
             if gradient == "dr":
                 segment = buffer.sample(args.batch_size, h, args.dr_recent)
-            noise = torch.randn(h + 1, args.batch_size, act_dim, device=env.device)
-            policy_loss, entropy, grad_norm = ascend(gradient, segment, noise, alpha)
+            policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, args.batch_size, act_dim), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
                 renormalize(actor.net)
                 move_average(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))
-                if args.learn_entropy_coef:
-                    temperature[0].grad = alpha * (entropy - target_entropy)
-                    temperature_optimizer.step()
+                temperature[0].grad = alpha * (entropy - target_entropy)
+                temperature_optimizer.step()
             run.lap("actor")
             run.mean({
                 "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/q_value": q_value,

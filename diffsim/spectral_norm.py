@@ -30,7 +30,7 @@ class NormalizedLinear(nn.Module):
             self.v.copy_(nn.functional.normalize(self.raw.T @ self.u, dim=0))
 
 
-def power_iterations(layers: nn.Sequential, times: int):
+def power_iterations(layers: nn.Sequential, times: int = 5):
     """Let u and v of the normalised layers follow weights that have changed."""
     for layer in layers:
         if isinstance(layer, NormalizedLinear):
