@@ -9,6 +9,7 @@ import torch
 
 import diffsim
 import rp_pgm_mb as rp
+from diffsim import graphs
 from diffsim.spectral_norm import NormalizedLinear, power_iterations
 from tests import run_fresh, run_script
 from tests.test_shac import play, rows
@@ -294,6 +295,48 @@ def test_same_seed_same_bits_and_resume(env, flags, tmp_path):
     action = torch.export.load(run / "policy.pt2").module()(10 * torch.randn(5, obs_dim)).detach()
     assert action.shape == (5, 1) and float(action.abs().max()) <= bound
     assert f"{env} on " in play(run, "--episodes", 1).stdout
+
+
+def test_what_is_compiled_computes_the_same(tmp_path, monkeypatch):
+    """Each function in one graph, its gradient inside; the C++ is left out, which takes a minute."""
+    graphs_made = []
+
+    def traced(function, options, **how):
+        graphs_made.append(function.__name__)
+        return compile_(function, backend="eager", **how)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(graphs, "compiler_error", lambda: None)
+    monkeypatch.setenv("DIFFSIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = ["--env", "Pendulum-v1", *TINY, *"--unroll 1 --expand-critic --model-hidden 8 --stop-after 16".split()]
+    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "plain")
+    assert not graphs_made
+    run_script("rp_pgm_mb.py", *flags, "--compile", "--run-dir", tmp_path / "compiled")
+    assert {"model_gradient", "critic_gradient", "policy_gradient"} < set(graphs_made)
+    plain, compiled = (rows(tmp_path / x)[-1] for x in ("plain", "compiled"))
+    for name in ("policy_loss", "value_loss", "q_value", "state_loss", "norm_before_clip", "entropy_coef"):
+        assert float(compiled[name]) == pytest.approx(float(plain[name]), rel=1e-3), name
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_without_a_compiler_a_line_says_so_and_functions_run_as_they_are(broken, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFSIM_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if broken:  # it says so only when it is asked to compile
+        monkeypatch.setattr(graphs, "compiler_error", lambda: None)
+
+        def fails(*inputs):
+            raise torch._dynamo.exc.TorchDynamoException("no space left\nand more")
+
+        monkeypatch.setattr(torch, "compile", lambda function, **how: fails)
+    else:
+        monkeypatch.setenv("CXX", "/nonsense")
+    with pytest.warns(UserWarning, match="^(no C|no space left).*: the updates run uncompiled") as said:
+        double = graphs.compiler(True)(lambda x: 2 * x)
+        assert double(3) == double(3) == 6
+    assert len(said) == 1 and len(str(said[0].message).splitlines()) == 1
 
 
 def test_the_lab_measures_every_estimator(tmp_path):
