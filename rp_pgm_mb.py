@@ -57,7 +57,7 @@ class Args(RunArgs):
     unroll: Natural = 3
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic"""
     expand_critic: bool = False
-    """the critics' targets are expansions, too, of as many steps: the critics follow the policy faster"""
+    """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
     learning_starts: Count = 1_000
@@ -117,7 +117,7 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, expand_critic=True, tau=0.02),  # entropy: MBPO
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, expand_critic=True, tau=0.02),  # entropy: MBPO's
     "HalfCheetah-v5": dict(total_timesteps=200_000),
     "on diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
 }
