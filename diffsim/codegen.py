@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from diffsim.dynamics import backward_substep, forward_substep
+from diffsim.dynamics import backward, forward
 from diffsim.model import Model
 
 PART, PARTS_PER_FILE = 600, 8  # operations of a part
@@ -109,6 +109,8 @@ class Expressions:
             a, b, sign = b, a, COMPARISONS[sign]
         if isinstance(a, float):
             return {">": a > b, ">=": a >= b, "<": a < b, "<=": a <= b}[sign]
+        if is_number(b, math.inf) or is_number(b, -math.inf):
+            return (b < 0) == sign.startswith(">")
         return self.add(sign, a, b)
 
     def where(self, condition, a, b):
@@ -192,6 +194,9 @@ def operations(e: Expressions) -> dict[str, Callable]:
                 x = plus(x, row)
         return x if keepdim else x.squeeze(tuple(dims))
 
+    def product(a, b):  # of matrices
+        return total(times(a[:, :, None], b[None]), [1])
+
     def cut(x, dim=0, start=None, end=None, step=1):
         return x[(slice(None),) * dim + (slice(start, end, step),)]
 
@@ -223,7 +228,7 @@ def operations(e: Expressions) -> dict[str, Callable]:
         "sigmoid": sigmoid, "sigmoid_backward": lambda g, y: times(g, times(y, each(e.minus)(1.0, y))),
         "gt": compare(">"), "ge": compare(">="), "le": compare("<="), "where": where,
         "logical_and": each(e.both), "clamp": each(e.clamp),
-        "sum": total, "cat": lambda x, dim=0: np.concatenate(x, dim),
+        "sum": total, "mm": product, "t": np.transpose, "cat": lambda x, dim=0: np.concatenate(x, dim),
         "detach": lambda x: x, "lift_fresh_copy": lambda x: x,
         "index": gather, "index_put": scatter, "new_zeros": lambda _, shape: np.full(one_column(shape), 0.0, object),
         "slice": cut, "slice_backward": paste, "select": lambda x, dim, i: x.take(i, dim),
@@ -354,12 +359,12 @@ def generate(model: Model) -> list[str]:
 
     LANES is left to the compiler's command.
     """
-    nq, nv, double = model.nq, model.nv, model.dtype == torch.float64
+    nq, nv, nu, double = model.nq, model.nv, model.nu, model.dtype == torch.float64
     step = (Path(__file__).parent / "step.cpp").read_text()
-    common = f"typedef {'double' if double else 'float'} T;\n#define NQ {nq}\n#define NV {nv}\n"
+    common = f"typedef {'double' if double else 'float'} T;\n#define NQ {nq}\n#define NV {nv}\n#define NU {nu}\n"
     defined, functions = "", []
-    shapes = {"forward": [nq, nv, nv], "backward": [nq, nv, nv, nv, nq, nv]}
-    for kind, function in (("forward", forward_substep), ("backward", backward_substep)):
+    shapes = {"forward": [nq, nv, nu], "backward": [nq, nv, nu, nv, nq, nv]}
+    for kind, function in (("forward", forward), ("backward", backward)):
         e = Expressions()
         results = outputs(model, function, shapes[kind], e)
         texts, places = write(e, sum(shapes[kind]), results, repr if double else lambda x: f"{x!r}f")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from diffsim.codegen import generate
-from diffsim.dynamics import Eager, Step, actuator_force
+from diffsim.dynamics import Eager, Step
 from diffsim.model import Model
 
 SOURCES = (  # of the step
@@ -53,7 +53,7 @@ class DiffsimPhysics:
 
     def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
         """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`."""
-        return Step.apply(qpos, qvel, actuator_force(self.model, ctrl), self.engine, self.substeps)
+        return Step.apply(qpos, qvel, ctrl, self.engine, self.substeps)
 
 
 class Compiled:
@@ -83,16 +83,16 @@ class Compiled:
     def _launcher(kernel):
         return lambda *arrays, numbers: kernel((-(-numbers[1] // 64), 1, 1), (64, 1, 1), [*arrays, *numbers])
 
-    def forward(self, qpos: Tensor, qvel: Tensor, qfrc: Tensor, substeps: int):
+    def forward(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor, substeps: int):
         m, batch = self.model, qpos.shape[1]
-        inputs = [x.contiguous() for x in (qpos, qvel, qfrc)]
+        inputs = [x.contiguous() for x in (qpos, qvel, ctrl)]
         outputs = [qpos.new_empty(*shape, batch) for shape in ((substeps, m.nq + m.nv), (m.nq,), (m.nv,))]
         self._forward(*inputs, *outputs, numbers=(substeps, batch))
         return outputs
 
     def backward(self, states: Tensor, *inputs: Tensor):
         inputs = [x.contiguous() for x in inputs]
-        outputs = [states.new_empty(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nv)]
+        outputs = [states.new_empty(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nu)]
         self._backward(states, *inputs, *outputs, numbers=(len(states), states.shape[2]))
         return outputs
 
