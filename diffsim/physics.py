@@ -30,9 +30,12 @@ from diffsim.dynamics import Eager, Step
 from diffsim.model import Model
 
 SOURCES = (  # of the step
-    "spatial", "contact", "kinematics", "forces", "pairs", "articulated", "dynamics", "model", "builder", "collisions",
-    "mjcf", "physics", "codegen",
+    "spatial.py", "contact.py", "kinematics.py", "forces.py", "pairs.py", "articulated.py", "dynamics.py", "model.py",
+    "builder.py", "collisions.py", "mjcf.py", "physics.py", "codegen.py", "step.cpp",
 )  # fmt: skip
+SOURCE = hashlib.sha256()  # as imported: a file may be edited while this process runs
+for name in SOURCES:
+    SOURCE.update((Path(__file__).parent / name).read_bytes())
 KINDS = ("forward", "backward")
 UNCOMPILED: set[Path] = set()  # what this process could not compile
 STEPS = ("writing out its equations", "compiling them")
@@ -309,10 +312,7 @@ def _digest(folder: Path) -> str:
 
 
 def _key(model: Model) -> str:
-    digest, here = hashlib.sha256(), Path(__file__).parent
-    for source in sorted([*here.glob("*.py"), here / "step.cpp"]):
-        if source.stem in SOURCES or source.suffix == ".cpp":
-            digest.update(source.read_bytes())
+    digest = SOURCE.copy()
     binary = np.empty(mujoco.mj_sizeModel(model.mj_model), np.uint8)
     mujoco.mj_saveModel(model.mj_model, None, binary)
     digest.update(binary.tobytes())
