@@ -354,10 +354,10 @@ def write(e: Expressions, rows: int, results: list, number: Callable) -> tuple[l
     return texts, size
 
 
-def generate(model: Model) -> list[str]:
+def generate(model: Model, cuda: bool = False) -> list[str]:
     """C++ files, the last one with the functions `forward` and `backward` of step.cpp; for CUDA one file.
 
-    LANES is left to the compiler's command.
+    LANES is left to the C++ compiler's command.
     """
     nq, nv, nu, double = model.nq, model.nv, model.nu, model.dtype == torch.float64
     step = (Path(__file__).parent / "step.cpp").read_text()
@@ -371,7 +371,7 @@ def generate(model: Model) -> list[str]:
         functions += [f"HERE void {kind}{i}(V* s) {{\n{text}\n}}\n" for i, text in enumerate(texts)]
         calls = " ".join(f"DO({kind}{i})" for i in range(len(texts)))
         defined += f"#define {kind.upper()}_PLACES {places}\n#define {kind.upper()}_PARTS(DO) {calls}\n"
-    if model.device.type == "cuda":
+    if cuda:
         return [common + defined + step + "".join(functions)]
     files = ["".join(functions[i : i + PARTS_PER_FILE]) for i in range(0, len(functions), PARTS_PER_FILE)]
     return [*(common + step + file for file in files), common + defined + step]

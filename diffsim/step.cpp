@@ -5,11 +5,13 @@
 #define HERE static __device__ __noinline__
 #define ALL __global__
 #define LANES 1
+#define COPY memcpy
 typedef T V;
 static __device__ V wide(T x) { return x; }
 #else
 #define HERE __attribute__((visibility("hidden")))
 #define ALL extern "C"
+#define COPY __builtin_memcpy
 typedef T V __attribute__((vector_size(LANES * sizeof(T))));
 static inline V wide(T x) { return x - V{}; }
 #endif
@@ -22,9 +24,9 @@ typedef at::vec::Vectorized<T> Vector;  // PyTorch's own vector functions
 #define FUNCTION(f)                                                                                   \
   HERE V f##_(V x) {                                                                                  \
     T each[LANES];                                                                                    \
-    __builtin_memcpy(each, &x, sizeof x);                                                             \
+    COPY(each, &x, sizeof x);                                                             \
     for (int i = 0; i < LANES; i += Vector::size()) Vector::loadu(each + i).f().store(each + i);      \
-    __builtin_memcpy(&x, each, sizeof x);                                                             \
+    COPY(&x, each, sizeof x);                                                             \
     return x;                                                                                         \
   }
 #else
@@ -46,15 +48,15 @@ BACKWARD_PARTS(PART)
 HERE void load(V* s, const T* x, int rows, long n, long first) {
   const long left = n - first;
   for (int i = 0; i < rows; i++)
-    if (left >= LANES) __builtin_memcpy(s + i, x + i * n + first, sizeof(V));
-    else __builtin_memcpy(s + i, x + i * n + first, left * sizeof(T));
+    if (left >= LANES) COPY(s + i, x + i * n + first, sizeof(V));
+    else COPY(s + i, x + i * n + first, left * sizeof(T));
 }
 
 HERE void store(const V* s, T* x, int rows, long n, long first) {
   const long left = n - first;
   for (int i = 0; i < rows; i++)
-    if (left >= LANES) __builtin_memcpy(x + i * n + first, s + i, sizeof(V));
-    else __builtin_memcpy(x + i * n + first, s + i, left * sizeof(T));
+    if (left >= LANES) COPY(x + i * n + first, s + i, sizeof(V));
+    else COPY(x + i * n + first, s + i, left * sizeof(T));
 }
 
 // s: qpos, qvel, ctrl of a substep; behind them the new qpos, qvel. states: what each substep began with.

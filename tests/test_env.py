@@ -1,6 +1,8 @@
 """The gradient contract: gradients of whole windows, resets, bad states, MuJoCo's engine behind the same task."""
 
+import ctypes
 import math
+import subprocess
 import warnings
 
 import gymnasium
@@ -9,7 +11,8 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.dynamics import contact_points
+from diffsim import codegen, physics
+from diffsim.dynamics import Eager, contact_points
 from diffsim.tasks.base import uniform
 
 KW = dict(compile=False)
@@ -317,9 +320,7 @@ class Zoo(diffsim.Task):
 
 @pytest.mark.filterwarnings("error:compiling the physics failed")
 def test_compiled_physics_equals_eager(cache, capfd):
-    from diffsim.physics import compiler_error
-
-    if compiler_error():
+    if physics.compiler_error():
         pytest.skip("no C++ compiler")
     gradients, observations = [], []
     for compiled in (False, True, True):
@@ -336,6 +337,59 @@ def test_compiled_physics_equals_eager(cache, capfd):
     for x in (gradients, observations):
         torch.testing.assert_close(x[0], x[1], rtol=1e-10, atol=1e-10)
         assert torch.equal(x[1], x[2])
+
+
+CUDA = """#include <cmath>
+#include <cstring>
+#define __CUDACC__
+#define __device__
+#define __noinline__ __attribute__((noinline))
+#define __global__
+struct Index { int x; } blockIdx, blockDim{64}, threadIdx;
+using std::exp, std::log1p, std::sin, std::cos, std::sqrt;
+%s
+template <class F, class... A> void launch(F kernel, int n, A... a) {
+  for (int i = 0; i < (n + 63) / 64 * 64; i++) blockIdx.x = i / 64, threadIdx.x = i %% 64, kernel(a..., n);
+}
+extern "C" void run_forward(T** a, int substeps, int n) {
+  launch(forward, n, a[0], a[1], a[2], a[3], a[4], a[5], substeps);
+}
+extern "C" void run_backward(T** a, int substeps, int n) {
+  launch(backward, n, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], substeps);
+}
+"""
+
+
+def test_the_text_for_cuda_is_right_as_cpp(tmp_path):
+    """No GPU here: its kernels run thread by thread."""
+    if physics.compiler_error():
+        pytest.skip("no C++ compiler")
+    env, batch, substeps = diffsim.make("cartpole", 70, compile=False, dtype=torch.float64), 70, 2
+    m = env.model
+    (tmp_path / "step.cpp").write_text(CUDA % codegen.generate(m, cuda=True)[0])
+    command = [physics._compiler(), "-std=c++17", "-shared", "-fPIC", tmp_path / "step.cpp", "-o", tmp_path / "step.so"]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(tmp_path / "step.so"))
+
+    def run(name, inputs, rows):
+        outputs = [torch.zeros(*shape, batch, dtype=torch.float64) for shape in rows]
+        pointers = (ctypes.c_void_p * 8)(*(x.data_ptr() for x in (*inputs, *outputs)))
+        getattr(library, name)(pointers, substeps, batch)
+        return outputs
+
+    eager = Eager(m)
+    inputs = [torch.randn(rows, batch, dtype=torch.float64) for rows in (m.nq, m.nv, m.nu)]
+    states, qpos, qvel = eager.forward(*inputs, substeps)
+    for x, y in zip(run("run_forward", inputs, [states.shape[:2], [m.nq], [m.nv]]), (states, qpos, qvel)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+    gradients = [torch.randn_like(x) for x in (qpos, qvel)]
+    for x in gradients:
+        x[:, 3] = 0
+    states[:, :, 3] = torch.inf  # where nothing comes in nothing goes out
+    inputs = [states, qvel, inputs[2], *gradients]
+    for x, y in zip(run("run_backward", inputs, [[m.nq], [m.nv], [m.nu]]), eager.backward(*inputs)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+        assert not x[:, 3].any()
 
 
 def touching(model) -> list[list[int]]:
