@@ -88,7 +88,8 @@ def training(args: Args, batch: int, *flags: str) -> pd.DataFrame:
 
 
 def training_row(args: Args, batch: int) -> dict:
-    later = training(args, batch, "--eval-every", "0", "--stop-after", "30").iloc[10:]
+    iterations = 30 if batch <= 1024 else 12
+    later = training(args, batch, "--eval-every", "0", "--stop-after", str(iterations)).iloc[iterations // 3 :]
     speed = np.polyfit(later.wall_time_s, later.global_step, 1)[0]
     row = dict(env=args.env, batch=batch, processes=args.processes, training=round(speed), commit=commit())
     if args.until:
