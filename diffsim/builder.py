@@ -287,8 +287,7 @@ class _Builder:
         groups = self.make_groups()
         for g in groups:
             self.fill(g)
-        if self.collisions:
-            fill_pairs(self, groups)
+        links = fill_pairs(self, groups) if self.collisions else None
         self.warn_about_self_collision()
         moment = np.zeros((m.nv, m.nu))
         for i in range(m.nu):
@@ -311,7 +310,7 @@ class _Builder:
         limited = m.actuator_ctrllimited.astype(bool)
         gear = moment * m.actuator_gainprm[:, 0]
         return Model(
-            mj_model=m, groups=groups,
+            mj_model=m, groups=groups, links=links,
             gear=torch.tensor(gear, device=self.device, dtype=self.dtype), bias=self.column(moment @ b0),
             ctrl_low=self.column(np.where(limited, m.actuator_ctrlrange[:, 0], -np.inf)),
             ctrl_high=self.column(np.where(limited, m.actuator_ctrlrange[:, 1], np.inf)),

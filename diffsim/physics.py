@@ -46,8 +46,8 @@ INDUCTOR = {
 
 KINDS = ("forward", "backward")
 SOURCES = (  # of the step
-    "spatial", "contact", "kinematics", "forces", "pairs", "articulated", "dynamics", "model", "builder", "collisions",
-    "mjcf", "physics",
+    "spatial", "contact", "kinematics", "rows", "forces", "pairs", "articulated", "dense", "dynamics", "model",
+    "builder", "collisions", "mjcf", "physics",
 )  # fmt: skip
 UNCOMPILED: set[Path] = set()  # what this process could not compile
 STEPS = ("writing out its equations", "turning them into loops", "compiling the C++")

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.articulated import solve
 from diffsim.builder import SelfCollisionWarning
-from diffsim.dynamics import actuator_force, contact_points, forward_substep
+from diffsim.dynamics import actuator_force, contact_points, forward_substep, solve
 from diffsim.forces import assemble, residual
 from diffsim.kinematics import forward_kinematics, join, split
 from diffsim.spatial import Vec, quat_to_mat
@@ -65,15 +64,15 @@ def test_a_substep_solves_the_dense_equation(touching):
     assert found == touching if touching < 10 else found >= 10
     q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
     frames = forward_kinematics(model, q)
-    terms = assemble(model, frames, q, v, tau, model.timestep)
-    A, b = dense(model, terms, qpos)
+    equation = assemble(model, frames, q, v, tau, model.timestep)
+    A, b = dense(model, equation, qpos)
     x = forward_substep(model, qpos, qvel, qfrc)[1][:, 0]
     assert_solves(A, x, b)
     assert relative(x, torch.linalg.solve(A, b)) < 1e-12
     rhs, other = torch.randn(2, model.nv, 1, generator=torch.Generator().manual_seed(5)).double()
-    lam = solve(model, frames, terms, [None] * len(terms), split(rhs, model.dof_rows))  # the adjoint's call
+    lam = solve(model, frames, equation, [None] * len(frames), split(rhs, model.dof_rows))  # the adjoint's call
     assert_solves(A, join(lam, model.dof_rows)[:, 0], rhs[:, 0])
-    scalar = residual(model, frames, terms, split(rhs, model.dof_rows), split(other, model.dof_rows))
+    scalar = residual(model, frames, equation, split(rhs, model.dof_rows), split(other, model.dof_rows))
     assert relative(scalar, other[:, 0] @ (b - A @ rhs[:, 0])) < 1e-12
 
 
