@@ -32,7 +32,12 @@ def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softnes
     if timestep is not None:
         mj_model.opt.timestep = timestep
     check(mj_model, name, collisions)
-    return build_model(mj_model, softness or Softness(), device, dtype, collisions)
+    model = build_model(mj_model, softness or Softness(), device, dtype, collisions)
+    if collisions and not (model.links or any(g.pairs for g in model.groups)):
+        warnings.warn(
+            f"collisions=True changes nothing: no two geoms of {name} may touch (contype, conaffinity)", stacklevel=2
+        )
+    return model
 
 
 def build_model(mj_model: mujoco.MjModel, softness: Softness, device, dtype, collisions: bool = False) -> Model:
