@@ -2,7 +2,8 @@
 
 A geom is a core and a radius about it. The spheres that stand for it are those at the corners of its core: a sphere
 itself, the two ends of a capsule, the eight rounded corners of a box. A sphere touches either exactly. Of two boxes, or
-a box and a capsule, the corners of each touch the other; edges that cross do not.
+a box and a capsule, the corners of each touch the other; edges that cross do not. Of two capsules it is the sphere of
+one, anywhere on its line, that is closest to the other.
 """
 
 from itertools import accumulate, product

@@ -48,7 +48,7 @@ def pattern(groups: list[Group], ends: list[tuple[int, int]], device, dtype) -> 
     links = [(i, row) for i, g in enumerate(groups) for row in range(len(g.joints))]
     place = {link: k for k, link in enumerate(links)}
     parent = [place.get((groups[i].parent, groups[i].parent_rows[row])) for i, row in links]
-    moving = [k for i, g in enumerate(groups) for _ in g.dofs for k in (place[i, row] for row in range(len(g.joints)))]
+    moving = [place[i, row] for i, g in enumerate(groups) for _ in g.dofs for row in range(len(g.joints))]  # by a dof
     dofs: list[list[int]] = []  # that move each link
     for k in range(len(links)):
         own = [j for j, link in enumerate(moving) if link == k]
@@ -58,10 +58,11 @@ def pattern(groups: list[Group], ends: list[tuple[int, int]], device, dtype) -> 
     for j, link in enumerate(moving):
         above[j, [i for i in dofs[link] if i <= j]] = 1
     pairs = list(dict.fromkeys(ends))
-    arms = [(p, j, j in dofs[a]) for p, (a, b) in enumerate(pairs) for j in sorted({*dofs[a]} ^ {*dofs[b]})]
-    products = [
-        (r, s) for r, (p, j, _) in enumerate(arms) for s, (q, i, _) in enumerate(arms[: r + 1]) if p == q
-    ]  # i <= j
+    arms, products = [], []
+    for p, (a, b) in enumerate(pairs):
+        first = len(arms)
+        arms += [(p, j, j in dofs[a]) for j in sorted({*dofs[a]} ^ {*dofs[b]})]
+        products += [(r, s) for r in range(first, len(arms)) for s in range(first, r + 1)]
     root = [dofs[k][0] for k in range(len(links))]
 
     def index(x):

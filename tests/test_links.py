@@ -1,5 +1,7 @@
 """Links of robots that touch links: the dense solve, momentum, derivatives, friction, and what MuJoCo makes of it."""
 
+import textwrap
+
 import mujoco
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from diffsim.forces import assemble, residual
 from diffsim.kinematics import forward_kinematics, join, split
 from diffsim.rows import Rows
 from diffsim.spatial import Vec, quat_to_mat
+from tests import ROOT
 from tests.test_pairs import BALL, FREE, WORLD, load
 from tests.test_physics import assert_solves, dense, relative
 
@@ -254,16 +257,11 @@ def test_what_touches_and_what_is_left_out():
     assert model.links is None and {*model.contact_names} == {"left on ball", "hand on ball", "finger on ball"}
 
 
-def test_a_humanoid_whose_limbs_touch():
-    class SelfColliding(diffsim.TASKS["humanoid"]):
-        xml = (
-            diffsim.TASKS["humanoid"]
-            .xml.read_text()
-            .replace('"visual"><geom contype="0"', '"visual"><geom contype="2" conaffinity="2"')
-        )
-        collisions = True
-
-    env = diffsim.make(SelfColliding, num_envs=2, seed=1, compile=False)
+def test_a_humanoid_whose_limbs_touch(tmp_path):
+    """As diffsim/README.md has it."""
+    text = (ROOT / "diffsim/README.md").read_text().split("legs touch each other:\n\n")[1].split("\n\n`mjcf.py`")[0]
+    (tmp_path / "my_task.py").write_text(textwrap.dedent(text))
+    env = diffsim.make(f"{tmp_path}/my_task.py:SelfColliding", num_envs=2, seed=1, compile=False)
     env.reset()
     action = torch.zeros(2, env.model.nu, requires_grad=True)
     env.step(action)[1].sum().backward()
