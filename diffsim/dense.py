@@ -34,11 +34,12 @@ class Pattern:
 
     above: Tensor  # (dofs, dofs, 1): 1 where the dof of the column is above that of the row, or the same
     pair: Rows  # points, of pairs of links
-    N: Rows  # of a pair, for each dof that moves one of its links
-    dof: Rows  # that dof
-    sign: Tensor  # (rows of dof, 1): 1 if it moves a
-    shift: tuple[Tensor, Tensor] | None  # the link of that dof, and a: None where all are of one tree
-    left: Tensor  # rows of dof: those of one pair with each other, once
+    # a place for each dof that moves one link of a pair, not both
+    N: Tensor  # the pair
+    dof: Tensor
+    sign: Tensor  # (places, 1): 1 if it moves a, -1 if b
+    shift: tuple[Tensor, Tensor] | None  # the link of the dof, and a: None where all are of one tree
+    left: Tensor  # places of a pair with each other, once
     right: Tensor
     entry: Rows  # of A, flat: where their product goes
 
@@ -72,8 +73,8 @@ def pattern(groups: list[Group], ends: list[tuple[int, int]], device, dtype) -> 
     return Pattern(
         above=above,
         pair=Rows([pairs.index(pair) for pair in ends], len(pairs), device),
-        N=Rows([p for p, _, _ in arms], len(pairs), device),
-        dof=Rows([j for _, j, _ in arms], nv, device),
+        N=index([p for p, _, _ in arms]),
+        dof=index([j for _, j, _ in arms]),
         sign=torch.tensor([[1.0 if of_a else -1.0] for _, _, of_a in arms], device=device, dtype=dtype),
         shift=shift if any(root[a] != root[b] for a, b in pairs) else None,
         left=index([r for r, _ in products]),
@@ -128,15 +129,16 @@ def _of_pairs(model: Model, frames: list[Frame], contacts, twists: Tensor) -> Te
     """Sum of D^T N D, the lower triangle: (dofs, dofs, B)."""
     at, (nv, batch) = model.links.pattern, twists.shape[1:]
     rot, cross, lin = contacts.inertia()
-    N = at.N.take(at.pair.sum(torch.stack([*rot, *cross.a, *cross.b, *cross.c, *lin]))).unbind()
+    N = at.pair.sum(torch.stack([*rot, *cross.a, *cross.b, *cross.c, *lin]))
+    N = [t[at.N] for t in N]  # one by one: the compiler makes no arrays of them
     N = Inertia(Sym(*N[:6]), Mat(*(Vec(*N[c : c + 3]) for c in (6, 9, 12))), Sym(*N[15:]))
-    D = at.dof.take(twists * 1.0) * at.sign
+    D = [t[at.dof] * at.sign for t in twists]
     D = Spatial(Vec(*D[:3]), Vec(*D[3:]))
     if at.shift is not None:
         origin = of_links(model, [f.origin for f in frames])
         D = Spatial(D.ang, D.lin + Vec(*(origin[:, at.shift[0]] - origin[:, at.shift[1]])).cross(D.ang))
     P = N @ D
-    products = sum((p[at.left] * d[at.right] for p, d in zip((*P.ang, *P.lin), (*D.ang, *D.lin))))
+    products = sum(p[at.left] * d[at.right] for p, d in zip((*P.ang, *P.lin), (*D.ang, *D.lin)))
     return at.entry.sum(products).view(nv, nv, batch)
 
 
