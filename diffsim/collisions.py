@@ -14,7 +14,6 @@ import torch
 from diffsim.dense import pattern
 from diffsim.mjcf import GEOM, can_touch, fixed_pairs, moves_freely, moving_pairs
 from diffsim.model import Group, LinkPairs, Pairs
-from diffsim.rows import Rows
 from diffsim.spatial import Mat, Vec
 
 
@@ -54,12 +53,9 @@ def _link_pairs(builder, groups: list[Group], pairs, link) -> LinkPairs:
             rows = _rows(builder, sphere, core, name=f"{_name(m, sphere)} on {_name(m, core)}")
             points += [[row] for row in rows]
             ends += [tuple(first[i] + row for i, row in (link(sphere), link(core)))] * len(rows)
-    a, b = zip(*ends)
-    return LinkPairs(
-        ends=Rows(a + b, first[-1], builder.device),
-        pattern=pattern(groups, ends, builder.device, builder.dtype),
-        **_table(builder, points),
-    )
+    a, b = (torch.tensor(links, device=builder.device) for links in zip(*ends))
+    made = pattern(groups, ends, builder.device, builder.dtype)
+    return LinkPairs(a=a, b=b, pattern=made, **_table(builder, points))
 
 
 def _ways(m, a, b) -> tuple[bool, ...]:

@@ -1,17 +1,19 @@
-"""A x = b of robots whose links touch links, by Cholesky: O(n^3) in the number of dofs.
+"""A x = b of robots whose links touch links, by Cholesky.
 
-The recursion of articulated.py is O(n) because a link yields to its parent only. Links that touch join branches, and as
-soon as limbs can touch each other all of A is full. So it is written out, all vectors about the origin of their tree:
+The recursion of articulated.py is O(n) because a link yields to its parent only. Links that touch join branches, of one
+tree or of two. So A is written out, all vectors about the origin of their tree:
 
-    A = M + sum over pairs of links  D^T N D + diagonal
+    A_ij = S_i . (Ic_j S_j)  +  sum over pairs of links  D_i . (N D_j)  +  diagonal
 
-M_ij = S_i . (Ic_j S_j), where dof i is above dof j or the same, Ic_j the inertia of all links that j moves, contacts
-with the world among them (the composite rigid bodies of RBDA, table 6.2). N (pairs.py) is that of the points of a pair
+The first term is there where dof i is above dof j, or the same. Ic_j is the inertia of all links that j moves, contacts
+with the world among them (the composite rigid bodies of RBDA, table 6.2). N (pairs.py) is that of all points of a pair
 of links a, b about a's origin, and D takes joint velocities to the velocity of a less that of b:
 
     D_j = S_j where dof j moves a alone, -S_j where it moves b alone, 0 where both or neither
 
-What moves both of them moves neither against the other: exactly no row or column of it, and so no momentum.
+What moves both does not move them against each other: no row or column of it, and so no change of the momentum. The N
+that meet the same two dofs are summed first. Dofs are counted from the leaves to the roots, for then Cholesky leaves
+most zeros of A zero, and codegen.py leaves them out: branches that cannot touch cost what the recursion does.
 """
 
 from dataclasses import dataclass
@@ -24,24 +26,27 @@ from diffsim.forces import Equation
 from diffsim.kinematics import Frame, Grouped, project, to_parent
 from diffsim.model import Group, Model
 from diffsim.pairs import of_links
-from diffsim.rows import Rows
 from diffsim.spatial import Inertia, Mat, Spatial, Sym, Vec
 
 
 @dataclass
 class Pattern:
-    """Where A is not zero; dofs are counted through the groups, component by component."""
+    """Where A is not zero. All are lists of numbers (k,), but for signs (k, 1)."""
 
-    above: Tensor  # (dofs, dofs, 1): 1 where the dof of the column is above that of the row, or the same
-    pair: Rows  # points, of pairs of links
-    # a place for each dof that moves one link of a pair, not both
-    N: Tensor  # the pair
-    dof: Tensor
-    sign: Tensor  # (places, 1): 1 if it moves a, -1 if b
-    shift: tuple[Tensor, Tensor] | None  # the link of the dof, and a: None where all are of one tree
-    left: Tensor  # places of a pair with each other, once
-    right: Tensor
-    entry: Rows  # of A, flat: where their product goes
+    above: Tensor  # dofs i, j where i is above j or the same
+    below: Tensor
+    pair: Tensor  # of links, that a point belongs to
+    summand: Tensor  # pair, for each summand of a sum of N ...
+    summand_sign: Tensor
+    sum: Tensor  # ... and the sum
+    sums: int
+    dof: Tensor  # whose S is needed, about the origin of the tree of ...
+    shift: tuple[Tensor, Tensor] | None  # the dof's link, and the root link of that tree; None: all are of one tree
+    product: tuple[Tensor, Tensor]  # sum of N, times S: places in `dof`
+    left: Tensor  # place in `dof`, times ...
+    right: Tensor  # product
+    sign: Tensor
+    entries: Tensor  # of A, flat: of `above` and `below`, of `left` and `right`, and the diagonal
 
 
 def pattern(groups: list[Group], ends: list[tuple[int, int]], device, dtype) -> Pattern:
@@ -49,65 +54,77 @@ def pattern(groups: list[Group], ends: list[tuple[int, int]], device, dtype) -> 
     links = [(i, row) for i, g in enumerate(groups) for row in range(len(g.joints))]
     place = {link: k for k, link in enumerate(links)}
     parent = [place.get((groups[i].parent, groups[i].parent_rows[row])) for i, row in links]
-    moving = [place[i, row] for i, g in enumerate(groups) for _ in g.dofs for row in range(len(g.joints))]  # by a dof
-    dofs: list[list[int]] = []  # that move each link
-    for k in range(len(links)):
-        own = [j for j, link in enumerate(moving) if link == k]
-        dofs.append(own if parent[k] is None else dofs[parent[k]] + own)
-    nv = len(moving)
-    above = torch.zeros(nv, nv, 1, device=device, dtype=dtype)
-    for j, link in enumerate(moving):
-        above[j, [i for i in dofs[link] if i <= j]] = 1
-    pairs = list(dict.fromkeys(ends))
-    arms, products = [], []
+    moved = [place[i, row] for i, g in _from_leaves(groups) for _ in g.dofs for row in range(len(g.joints))]  # by a dof
+    root: list[int] = []  # of each link
+    dofs: list[list[int]] = []  # that move it
+    for k, up in enumerate(parent):
+        own = [j for j, link in enumerate(moved) if link == k]
+        root.append(k if up is None else root[up])
+        dofs.append(own if up is None else own + dofs[up])
+    above = [(i, j) for j, link in enumerate(moved) for i in dofs[link] if i >= j]
+    pairs, met = list(dict.fromkeys(ends)), {}
     for p, (a, b) in enumerate(pairs):
-        first = len(arms)
-        arms += [(p, j, j in dofs[a]) for j in sorted({*dofs[a]} ^ {*dofs[b]})]
-        products += [(r, s) for r in range(first, len(arms)) for s in range(first, r + 1)]
-    root = [dofs[k][0] for k in range(len(links))]
+        signs = {j: 1 if j in dofs[a] else -1 for j in {*dofs[a]} ^ {*dofs[b]}}
+        for i, j in ((i, j) for i in signs for j in signs if i >= j):
+            met.setdefault((i, j, root[a]), []).append((p, signs[i] * signs[j]))
+    sums, products, twists, entries = {}, {}, {}, []
 
-    def index(x):
+    def number(found: dict, key) -> int:
+        return found.setdefault(key, len(found))
+
+    for (i, j, tree), terms in sorted(met.items()):
+        sign = terms[0][1]
+        total = number(sums, tuple((p, s * sign) for p, s in terms))
+        product = number(products, (total, number(twists, (j, tree))))
+        entries.append((number(twists, (i, tree)), product, sign, i, j))
+    summands = [(p, s, k) for terms, k in sums.items() for p, s in terms]
+    nv = len(moved)
+    places = [i * nv + j for i, j in above] + [i * nv + j for *_, i, j in entries] + [i * nv + i for i in range(nv)]
+
+    def index(*x):
         return torch.tensor(x, device=device)
 
-    shift = index([moving[j] for _, j, _ in arms]), index([pairs[p][0] for p, _, _ in arms])
+    def signs(*x):
+        return torch.tensor(x, device=device, dtype=dtype)[:, None]
+
+    summand, summand_sign, of_sum = zip(*summands)
+    left, right, sign, *_ = zip(*entries)
+    shift = index(*(moved[j] for j, _ in twists)), index(*(tree for _, tree in twists))
     return Pattern(
-        above=above,
-        pair=Rows([pairs.index(pair) for pair in ends], len(pairs), device),
-        N=index([p for p, _, _ in arms]),
-        dof=index([j for _, j, _ in arms]),
-        sign=torch.tensor([[1.0 if of_a else -1.0] for _, _, of_a in arms], device=device, dtype=dtype),
-        shift=shift if any(root[a] != root[b] for a, b in pairs) else None,
-        left=index([r for r, _ in products]),
-        right=index([s for _, s in products]),
-        entry=Rows([arms[r][1] * nv + arms[s][1] for r, s in products], nv * nv, device),
-    )
+        above=index(*(i for i, _ in above)), below=index(*(j for _, j in above)),
+        pair=index(*map(pairs.index, ends)),
+        summand=index(*summand), summand_sign=signs(*summand_sign), sum=index(*of_sum), sums=len(sums),
+        dof=index(*(j for j, _ in twists)),
+        shift=None if all(root[moved[j]] == tree for j, tree in twists) else shift,
+        product=tuple(index(*x) for x in zip(*products)),
+        left=index(*left), right=index(*right), sign=signs(*sign), entries=index(*places),
+    )  # fmt: skip
+
+
+def _from_leaves(groups: list) -> list[tuple]:
+    return list(enumerate(groups))[::-1]
 
 
 def solve(model: Model, frames: list[Frame], equation: Equation, impulses, tau: Grouped) -> Grouped:
     """x with A x = sum_b J_b^T impulse_b + tau, as articulated.solve."""
-    terms, contacts = equation
     S = [_unit_twists(g, frame) for g, frame in zip(model.groups, frames)]
-    twists = _stack(model, S)  # (6, dofs, B)
-    momenta = _stack(model, _composite_momenta(model, terms, S))
-    A = (twists[:, None] * momenta[:, :, None]).sum(0) * model.links.pattern.above
-    A = A + _of_pairs(model, frames, contacts, twists)
-    forces = tau if all(p is None for p in impulses) else [
-        [f + t for f, t in zip(*both)] for both in zip(project(model, frames, impulses), tau)
-    ]  # fmt: skip
-    b, diagonal = (
-        torch.cat([t.expand(len(g.joints), A.shape[-1]) for g, x in zip(model.groups, rows) for t in x])
-        for rows in (forces, [t.joint.diagonal for t in terms])
-    )
-    x = iter(_cholesky_solve(A, diagonal, b).split([len(g.joints) for g in model.groups for _ in g.dofs]))
-    return [[next(x) for _ in g.dofs] for g in model.groups]
+    if any(p is not None for p in impulses):
+        tau = [[f + t for f, t in zip(*both)] for both in zip(project(model, frames, impulses), tau)]
+    b = _column(model, tau, max(t.shape[1] for group in tau for t in group))
+    A = _matrix(model, frames, equation, S, b.shape[1])
+    x, first, found = _cholesky_solve(A, b), 0, [[] for _ in model.groups]
+    for i, g in _from_leaves(model.groups):
+        for _ in g.dofs:
+            found[i].append(x[first : first + len(g.joints)])
+            first += len(g.joints)
+    return found
 
 
 def _unit_twists(g: Group, frame: Frame) -> list[Spatial]:
     if g.kind != "free":
         return list(frame.S)
-    zero = torch.zeros_like(frame.origin.x)
-    one, still = zero + 1, Vec(zero, zero, zero)
-    axes = Vec(one, zero, zero), Vec(zero, one, zero), Vec(zero, zero, one)
+    zero, one = torch.zeros_like(frame.origin.x), torch.ones_like(frame.origin.x)
+    still, axes = Vec(zero, zero, zero), (Vec(one, zero, zero), Vec(zero, one, zero), Vec(zero, zero, one))
     return [Spatial(still, axis) for axis in axes] + [Spatial(axis, still) for axis in frame.rot]
 
 
@@ -117,7 +134,7 @@ def _composite_momenta(model: Model, terms, S: list[list[Spatial]]) -> list[list
     for t in terms:
         own = [x for x in (inertia_of(t), *(with_world.inertia() for with_world in t.pairs)) if x is not None]
         inertias.append(sum(own[1:], own[0]) if own else None)
-    for i, g in reversed(list(enumerate(model.groups))):
+    for i, g in _from_leaves(model.groups):
         momenta[i] = [inertias[i] @ s for s in S[i]]
         if g.parent >= 0:
             moved, own = to_parent(model, g, inertias[i]), inertias[g.parent]
@@ -125,39 +142,55 @@ def _composite_momenta(model: Model, terms, S: list[list[Spatial]]) -> list[list
     return momenta
 
 
-def _of_pairs(model: Model, frames: list[Frame], contacts, twists: Tensor) -> Tensor:
-    """Sum of D^T N D, the lower triangle: (dofs, dofs, B)."""
-    at, (nv, batch) = model.links.pattern, twists.shape[1:]
+def _matrix(model: Model, frames: list[Frame], equation: Equation, S: list[list[Spatial]], batch: int) -> Tensor:
+    """A (dofs, dofs, B), its lower triangle."""
+    terms, contacts = equation
+    at, momenta = model.links.pattern, _spatial(model, _composite_momenta(model, terms, S), batch)
+    S, diagonal = _spatial(model, S, batch), _column(model, [t.joint.diagonal for t in terms], batch)
     rot, cross, lin = contacts.inertia()
-    N = at.pair.sum(torch.stack([*rot, *cross.a, *cross.b, *cross.c, *lin]))
-    N = [t[at.N] for t in N]  # one by one: the compiler makes no arrays of them
+    N = []
+    for t in (*rot, *cross.a, *cross.b, *cross.c, *lin):
+        t = _sums(t, at.pair, len(t))  # there are no more pairs than points
+        N.append(_sums(t[at.summand] * at.summand_sign, at.sum, at.sums)[at.product[0]])
     N = Inertia(Sym(*N[:6]), Mat(*(Vec(*N[c : c + 3]) for c in (6, 9, 12))), Sym(*N[15:]))
-    D = [t[at.dof] * at.sign for t in twists]
-    D = Spatial(Vec(*D[:3]), Vec(*D[3:]))
+    D = S.map(lambda t: t[at.dof])
     if at.shift is not None:
-        origin = of_links(model, [f.origin for f in frames])
-        D = Spatial(D.ang, D.lin + Vec(*(origin[:, at.shift[0]] - origin[:, at.shift[1]])).cross(D.ang))
-    P = N @ D
-    products = sum(p[at.left] * d[at.right] for p, d in zip((*P.ang, *P.lin), (*D.ang, *D.lin)))
-    return at.entry.sum(products).view(nv, nv, batch)
+        origin = Vec(*of_links(model, [f.origin for f in frames]))
+        D = Spatial(D.ang, D.lin + origin.map(lambda t: t[at.shift[0]] - t[at.shift[1]]).cross(D.ang))
+    products = N @ D.map(lambda t: t[at.product[1]])
+    alone = S.map(lambda t: t[at.above]).dot(momenta.map(lambda t: t[at.below]))
+    joined = D.map(lambda t: t[at.left]).dot(products.map(lambda t: t[at.right])) * at.sign
+    nv = len(diagonal)
+    return _sums(torch.cat([alone, joined, diagonal]), at.entries, nv * nv).view(nv, nv, batch)
 
 
-def _stack(model: Model, twists: list[list[Spatial]]) -> Tensor:
-    """(6, dofs, B) of a Spatial (n, B) for each dof of each group."""
-    parts = [(len(g.joints), (*s.ang, *s.lin)) for g, group in zip(model.groups, twists) for s in group]
-    batch = max(t.shape[1] for _, s in parts for t in s)
-    return torch.stack([torch.cat([s[c].expand(n, batch) for n, s in parts]) for c in range(6)])
+def _sums(t: Tensor, places: Tensor, n: int) -> Tensor:
+    """(n, B) of rows (k, B) that go to `places`."""
+    return t.new_zeros(n, t.shape[1]).index_put((places,), t, accumulate=True)
 
 
-def _cholesky_solve(A: Tensor, diagonal: Tensor, b: Tensor) -> Tensor:
-    """x (n, B) of (A + diagonal) x = b; of A (n, n, B) the lower triangle. b is eliminated as a last row of A."""
-    columns, rest = [], torch.cat([A, b[None]])
-    for d in diagonal:
-        column = torch.cat([rest[:1, 0] + d, rest[1:, 0]])
-        column = column * torch.rsqrt(column[:1])
+def _spatial(model: Model, values: list[list[Spatial]], batch: int) -> Spatial:
+    """One (dofs, B) of one (n, B) for each dof of each group."""
+    x, y, z, *lin = (_column(model, [[(*s.ang, *s.lin)[c] for s in x] for x in values], batch) for c in range(6))
+    return Spatial(Vec(x, y, z), Vec(*lin))
+
+
+def _column(model: Model, values: Grouped, batch: int) -> Tensor:
+    """(dofs, B) of (n, B), or less, for each dof of each group."""
+    return torch.cat([t.expand(len(g.joints), batch) for i, g in _from_leaves(model.groups) for t in values[i]])
+
+
+def _cholesky_solve(A: Tensor, b: Tensor) -> Tensor:
+    """x (n, B) of A x = b; of A (n, n, B) the lower triangle. b is eliminated as a last row of A."""
+    (n, batch), columns = b.shape, []
+    rest = torch.cat([A, b.view(1, n, batch)])
+    for k in range(n):
+        column = rest[:, 0] * torch.rsqrt(rest[:1, 0])
         columns.append(column)
-        rest = rest[1:, 1:] - column[1:, None] * column[None, 1:-1]
-    x = b[:0]
-    for column in reversed(columns):
+        below = column[1:]
+        rest = rest[1:, 1:] - below.view(n - k, 1, batch) * below[:-1].view(1, n - k - 1, batch)
+    last, *columns = reversed(columns)
+    x = last[1:] / last[:1]
+    for column in columns:
         x = torch.cat([(column[-1:] - (column[1:-1] * x).sum(0, keepdim=True)) / column[:1], x])
     return x

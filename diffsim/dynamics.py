@@ -79,34 +79,48 @@ def backward_substep(model: Model, qpos, qvel, qfrc, x, grad_qpos, grad_qvel):
 
 
 # --- public functions -------------------------------------------------------------------------------------------
+class Eager:
+    """The substeps of a control step and their adjoint, as PyTorch runs them."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def forward(self, qpos: Tensor, qvel: Tensor, qfrc: Tensor, substeps: int):
+        """(nq, B), (nv, B), (nv, B) -> states (substeps, nq + nv, B) that substeps began with; new qpos, qvel."""
+        states = []
+        for _ in range(substeps):
+            states.append(torch.cat([qpos, qvel]))
+            qpos, qvel = forward_substep(self.model, qpos, qvel, qfrc)
+        return torch.stack(states), qpos, qvel
+
+    def backward(self, states: Tensor, qvel: Tensor, qfrc: Tensor, grad_qpos: Tensor, grad_qvel: Tensor):
+        """Gradients of qpos, qvel, qfrc from those of the new qpos, qvel; states, new qvel as `forward` gave them."""
+        total = torch.zeros_like(qfrc)
+        for state in reversed(states):
+            inputs = state.split([self.model.nq, self.model.nv])
+            grad_qpos, grad_qvel, grad = backward_substep(self.model, *inputs, qfrc, qvel, grad_qpos, grad_qvel)
+            total, qvel = total + grad, inputs[1]
+        return grad_qpos, grad_qvel, total
+
+
 class Step(torch.autograd.Function):
     """Several substeps as one operation: forward keeps the states only, backward walks them with the adjoint."""
 
     @staticmethod
-    def forward(ctx, qpos, qvel, qfrc, forward, backward, substeps):
-        states = []
-        for _ in range(substeps):
-            states.append((qpos, qvel))
-            qpos, qvel = forward(qpos, qvel, qfrc)
-        ctx.save_for_backward(qfrc, qvel, *(t for pair in states for t in pair))
-        ctx.backward_substep = backward
+    def forward(ctx, qpos, qvel, qfrc, engine, substeps):
+        states, qpos, qvel = engine.forward(qpos, qvel, qfrc, substeps)
+        ctx.save_for_backward(states, qvel, qfrc)
+        ctx.engine = engine
         return qpos, qvel
 
     @staticmethod
     def backward(ctx, grad_qpos, grad_qvel):
         if torch.is_grad_enabled():  # torch's once_differentiable lets autograd take a second derivative for zero
             raise RuntimeError("diffsim's step is differentiable once: no create_graph=True, no Hessian through it")
-        qfrc, x, *states = ctx.saved_tensors
-        grad_qfrc = torch.zeros_like(qfrc)
         # Nothing in, nothing out: an environment whose state was thrown away may hold inf, and 0 * inf is NaN.
         unused = (grad_qpos == 0).all(0) & (grad_qvel == 0).all(0)
-        for i in reversed(range(0, len(states), 2)):
-            qpos, qvel = states[i : i + 2]
-            grad_qpos, grad_qvel, grad = ctx.backward_substep(qpos, qvel, qfrc, x, grad_qpos, grad_qvel)
-            grad_qfrc = grad_qfrc + grad
-            x = qvel
-        grads = (torch.where(unused, 0.0, grad) for grad in (grad_qpos, grad_qvel, grad_qfrc))
-        return *grads, None, None, None
+        grads = ctx.engine.backward(*ctx.saved_tensors, grad_qpos, grad_qvel)
+        return *(torch.where(unused, 0.0, grad) for grad in grads), None, None
 
 
 def _check_rows(**arrays: tuple[Tensor, int]):
@@ -128,13 +142,7 @@ def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor
     """
     _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv), ctrl=(ctrl, model.nu))
 
-    def forward(q, v, f):
-        return forward_substep(model, q, v, f)
-
-    def backward(*args):
-        return backward_substep(model, *args)
-
-    return Step.apply(qpos, qvel, actuator_force(model, ctrl), forward, backward, 1)
+    return Step.apply(qpos, qvel, actuator_force(model, ctrl), Eager(model), 1)
 
 
 def mass_matrix(model: Model, qpos: Tensor) -> Tensor:

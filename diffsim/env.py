@@ -65,7 +65,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self.mj_model, self.device, self.dtype = self.model.mj_model, self.model.device, dtype
         memory.check(num_envs, 64 * (self.model.nq + self.model.nv) * dtype.itemsize, self.device)  # once they are made
         obs_dim = check_methods(task, self.model)  # before anything is compiled
-        differentiable = partial(DiffsimPhysics, self.model, task.substeps, num_envs, compile)
+        differentiable = partial(DiffsimPhysics, self.model, task.substeps, compile)
         if physics == "mujoco":
             differentiator = differentiable if derivative == "diffsim" else None
             self.physics = MujocoPhysics(self.model, task.substeps, differentiator, task.own_integrator)

@@ -184,12 +184,16 @@ def impulses(model: Model, equation: Equation) -> list[Spatial | None]:
             if pairs.other >= 0:
                 found[pairs.other] = found[pairs.other] - t.on_other(on_links).map(lambda x: x.sum(0, keepdim=True))
     if links is not None:
-        on_a = links.impulse()
-        on_b = -links.on_other(on_a)
-        both = torch.stack([torch.cat([a, b]) for a, b in zip((*on_a.ang, *on_a.lin), (*on_b.ang, *on_b.lin))])
-        on_links = model.links.ends.sum(both).split([len(g.joints) for g in model.groups], 1)
-        for i, impulse in enumerate(on_links):
-            add(i, Spatial(Vec(*impulse[:3]), Vec(*impulse[3:])))
+        on_a, (a, b), total = links.impulse(), (model.links.a, model.links.b), []
+        on_b = links.on_other(on_a)
+        for x, y in zip((*on_a.ang, *on_a.lin), (*on_b.ang, *on_b.lin)):
+            zero = x.new_zeros(sum(len(g.joints) for g in model.groups), x.shape[1])
+            total.append(zero.index_put((a,), x, accumulate=True).index_put((b,), -y, accumulate=True))
+        first = 0
+        for i, g in enumerate(model.groups):
+            own = [t[first : first + len(g.joints)] for t in total]
+            add(i, Spatial(Vec(*own[:3]), Vec(*own[3:])))
+            first += len(g.joints)
     return found
 
 

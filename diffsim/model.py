@@ -14,7 +14,6 @@ import mujoco
 import torch
 from torch import Tensor
 
-from diffsim.rows import Rows
 from diffsim.spatial import Mat, Sym, Vec
 
 if TYPE_CHECKING:
@@ -96,7 +95,8 @@ class Pairs(Touching):
 class LinkPairs(Touching):
     """All pairs of moving bodies where links touch links, (1, n, 1): the spheres are on a, the cores on b."""
 
-    ends: Rows  # links, counted through the groups: a of the n pairs, then b
+    a: Tensor  # (n,) links, counted through the groups
+    b: Tensor
     pattern: "Pattern"  # of the matrix A that they make (dense.py)
 
 

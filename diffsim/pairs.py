@@ -94,21 +94,22 @@ def link_terms(model: Model, frames: list[Frame], twists: list[Spatial], h: floa
     ends = []
     for x in at_ends(model, parts):
         pos, *rot, origin, ang, lin = (Vec(*x[c : c + 3]) for c in range(0, 21, 3))
+        if model.links.pattern.shift is None:  # all origins are one
+            origin = origin.map(torch.zeros_like)
         ends.append((pos, Mat(*rot), origin, Spatial(ang, lin)))
     return _touch(model.links, *ends, False, model.softness, h)
 
 
 def at_ends(model: Model, parts: list) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors (n, B) of the links of every group, as the contacts between links see them: those of a, those of b."""
-    a, b = model.links.ends.take(of_links(model, parts)).chunk(2, 1)
-    return a.unbind(), b.unbind()
+    """Tensors (n, B) of the links of every group, as contacts between links see them: those of a, those of b."""
+    all_links = of_links(model, parts)
+    return [t[model.links.a] for t in all_links], [t[model.links.b] for t in all_links]
 
 
-def of_links(model: Model, parts: list) -> Tensor:
-    """(numbers, links, B) of as many tensors (n, B), or (n, 1), a group."""
-    batch = max(t.shape[1] for t in parts[0])
-    counts = [len(g.joints) for g in model.groups]
-    return torch.stack([torch.cat([t.expand(n, batch) for t, n in zip(x, counts)]) for x in zip(*parts)])
+def of_links(model: Model, parts: list) -> list[Tensor]:
+    """(links, B) of the tensors (n, B), or (n, 1), of every group."""
+    batch, counts = max(t.shape[1] for t in parts[0]), [len(g.joints) for g in model.groups]
+    return [torch.cat([t.expand(n, batch) for t, n in zip(x, counts)]) for x in zip(*parts)]
 
 
 def _touch(pairs: Touching, a: tuple, b: tuple | None, swapped: bool, softness: Softness, h: float) -> PairTerms:
@@ -154,10 +155,10 @@ def _closest(c: Vec, e: Vec, half: Tensor) -> Tensor:
     parallel. If t, left free, gets out of its bounds, it is on one, so three steps are exact (Ericson, Real-Time
     Collision Detection, 5.1.9).
     """
-    square = e.dot(e) + 1e-12
-    s = torch.clamp(-(c.x * e.x + c.y * e.y) / (e.x * e.x + e.y * e.y + PARALLEL * square), -1, 1)
+    square, one = e.dot(e) + 1e-12, torch.ones_like(half)
+    s = torch.clamp(-(c.x * e.x + c.y * e.y) / (e.x * e.x + e.y * e.y + PARALLEL * square), -one, one)
     t = torch.clamp(c.z + s * e.z, -half, half)
-    return torch.clamp((t * e.z - c.dot(e)) / ((1 + PARALLEL) * square), -1, 1)
+    return torch.clamp((t * e.z - c.dot(e)) / ((1 + PARALLEL) * square), -one, one)
 
 
 def _turn(rot: Mat | None, v: Vec) -> Vec:

@@ -19,7 +19,7 @@ from diffsim.dynamics import contact_points
 from diffsim.flags import Bound, Seed, check_bounds, cli
 from diffsim.gymnasium_env import GymnasiumEnv
 from diffsim.mujoco_physics import MujocoPhysics
-from diffsim.physics import CacheError, compiled_batches
+from diffsim.physics import CacheError, is_compiled
 from diffsim.policy import read_policy
 from diffsim.program import printable, start
 from diffsim.render import check_path, render
@@ -53,10 +53,10 @@ def playback_env(name: str, episodes: int, physics: str | None = None):
     env = diffsim.make(name, episodes, physics=physics, compile=False)
     if isinstance(env, GymnasiumEnv) or isinstance(env.physics, MujocoPhysics):
         return env
-    ready = []
     with suppress(CacheError):  # then nothing is compiled, and play works without
-        ready = [n for n in compiled_batches(env.model) if n >= episodes]
-    return diffsim.make(name, ready[0], physics=physics) if ready else env
+        if is_compiled(env.model):
+            return diffsim.make(name, episodes, physics=physics)
+    return env
 
 
 def starts(env, episodes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ from diffsim.builder import SelfCollisionWarning
 from diffsim.dynamics import actuator_force, contact_points, forward_substep, solve
 from diffsim.forces import assemble, residual
 from diffsim.kinematics import forward_kinematics, join, split
-from diffsim.rows import Rows
 from diffsim.spatial import Vec, quat_to_mat
 from tests import ROOT
 from tests.test_pairs import BALL, FREE, WORLD, load
@@ -230,16 +229,6 @@ def test_collisions_change_no_bit_where_no_links_touch():
     ctrl = torch.randn(plain.nu, 1, generator=generator)
     for one, two in zip(diffsim.step(model, qpos, qvel, ctrl), diffsim.step(plain, qpos, qvel, ctrl)):
         assert torch.equal(one, two)
-
-
-def test_rows_and_their_sums_are_each_other_s_transpose():
-    places = [2, 0, 2, 2, 4, 0, 2]
-    rows, x, y = Rows(places, 5, "cpu"), torch.randn(3, 5, 2).double().requires_grad_(), torch.randn(3, 7, 2).double()
-    assert torch.equal(rows.take(x), x[:, places])
-    expected = torch.zeros(3, 5, 2).double().index_add(1, torch.tensor(places), y)
-    torch.testing.assert_close(rows.sum(y), expected)
-    (gradient,) = torch.autograd.grad(rows.take(x), x, y)
-    torch.testing.assert_close(gradient, expected)
 
 
 def test_what_touches_and_what_is_left_out():
