@@ -13,7 +13,7 @@ of links a, b about a's origin, and D takes joint velocities to the velocity of 
 
 What moves both does not move them against each other: no row or column of it, and so no change of the momentum. The N
 that meet the same two dofs are summed first. Dofs are counted from the leaves to the roots, for then Cholesky leaves
-most zeros of A zero, and codegen.py leaves them out: branches that cannot touch cost what the recursion does.
+most zeros of A zero, and codegen.py leaves them out.
 """
 
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ import torch
 
 import diffsim
 from diffsim.builder import SelfCollisionWarning
+from diffsim.codegen import generate
 from diffsim.dynamics import actuator_force, contact_points, forward_substep, solve
 from diffsim.forces import assemble, residual
 from diffsim.kinematics import forward_kinematics, join, split
@@ -113,15 +114,19 @@ ARM = (
 )
 
 
-def test_derivatives_through_making_and_breaking_contact():
-    """Of 40 substeps in which the last of three links folds onto the first one, and a second arm hits them."""
+def arms():
+    """Three links, of which the last one folds onto the first, and a second arm."""
     fold = (
         '<body pos=".3 0 0"><joint axis="0 1 0" damping=".02"/><geom size=".02" mass=".1"/>'
         '<body pos="0 .01 .12"><joint name="k" axis="0 1 0" damping=".02"/>'
         '<geom name="tip" type="capsule" size=".02" mass=".1" fromto="0 0 0 -.2 .02 0"/></body></body>'
     )
-    arms = ARM.format(0, "one", fold) + ARM.format(-0.11, "two", "")
-    model = load(WORLD.format(arms, g=0, end=MOTORS.format("two", "k")))
+    return WORLD.format(ARM.format(0, "one", fold) + ARM.format(-0.11, "two", ""), g=0, end=MOTORS.format("two", "k"))
+
+
+def test_derivatives_through_making_and_breaking_contact():
+    """Of 40 substeps in which the arm folds, and is hit by the other one."""
+    model = load(arms())
     places = [model.contact_names.index(name) for name in ("one on tip", "one on two")]
     start = torch.tensor(model.mj_model.qpos0)[:, None]
 
@@ -142,6 +147,11 @@ def test_derivatives_through_making_and_breaking_contact():
     copies = x.repeat(1, len(state)).requires_grad_()
     (analytic,) = torch.autograd.grad(end(copies)[0], copies, torch.eye(len(state)).double())
     assert relative(analytic.T, numeric) < 1e-5
+
+
+def test_the_step_can_be_written_out():
+    model = load(arms())
+    assert len(generate(model)) > 1  # raises where torch's graph has an operation that codegen.py lacks
 
 
 def crossed_legs():
