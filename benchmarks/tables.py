@@ -90,7 +90,6 @@ COLUMNS = {
     "inside the clip range": lambda g: f"{100 * g.inside_clip.mean():.0f} %",
     "noise at the end": lambda g: spread(g["std"], 2),
     "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
-    "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
     "at RPO's minutes": lambda g: after(g, "wall_time_s", 60 * minutes_of_rpo(g.env.iloc[0])),
     "at 1M steps": lambda g: after(g, "global_step", 1e6),
     "lowest after 1M / median": lambda g: spread(map(lowest, g.run), 2),
@@ -165,13 +164,36 @@ def truth() -> str:
 
 
 def throughput() -> str:
-    speeds = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).drop(columns="horizon")
+    speeds = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).dropna(subset="mujoco")
     speeds = speeds.sort_values(["env", "compiled", "threads", "batch"], ascending=[True, False, True, True])
     speeds["ratio"] = (speeds.forward_backward / speeds.mujoco).map("{:.2f}".format)
     speeds["compiled"] = np.where(speeds.compiled, "yes", "no")
-    numbers = ["forward", "forward_backward", "mujoco"]
-    speeds[numbers] = speeds[numbers].map("{:,}".format)
-    return markdown([name.replace("_", " + ") for name in speeds], speeds.values.tolist())
+    numbers = ["threads", "forward", "forward_backward", "mujoco"]
+    speeds[numbers] = speeds[numbers].map("{:,.0f}".format)
+    names = ["env", "batch", "compiled", *numbers, "ratio", "commit"]
+    return markdown([name.replace("_", " + ") for name in names], speeds[names].values.tolist())
+
+
+def scaling() -> str:
+    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).dropna(subset="training")
+    found = found.sort_values(["env", "batch", "processes"])
+    one = found[found.processes == 1].set_index(["env", "batch"]).training
+    rows = [
+        [g.env, f"{g.batch:,}", f"{g.processes:.0f}", f"{g.training:,.0f}",
+         f"{g.training / one[g.env, g.batch * g.processes]:.2f}" if (g.env, g.batch * g.processes) in one else "",
+         f"{g.seconds:.0f}" if g.seconds == g.seconds else "", g.commit]
+        for g in found.itertuples()
+    ]  # fmt: skip
+    names = [
+        "env",
+        "environments a process",
+        "processes",
+        "steps/s",
+        "of one process with as many",
+        "seconds",
+        "commit",
+    ]
+    return markdown(names, rows)
 
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
@@ -202,10 +224,6 @@ VARIANTS = {  # tables of by_variant
         f"{RPO_ON_ANT} and (tag.str.startswith('1M') or tag in ['', 'paper'])",
         "setting, steps, seeds, return, KL, inside the clip range",
     ),
-    "kl": (
-        "algorithm == 'RPO' and env == 'Hopper-v5' and seed < 100",
-        "task, setting, seeds, KL, return, lowest since half-way, 10 more episodes, falls in 64",
-    ),
     "trials": ("seed > 100", "task, algorithm, trial, setting, seed, evaluations, minutes"),
     "model": (
         "algorithm == 'RP-PGM' and not tag.str.startswith('lab')",
@@ -214,7 +232,7 @@ VARIANTS = {  # tables of by_variant
 }
 TABLES = {name: partial(by_variant, *what) for name, what in VARIANTS.items()}
 TABLES |= dict(results=partial(by_algorithm, IN_DIFFSIM), results_mujoco=partial(by_algorithm, ON_MUJOCO))
-TABLES |= dict(variance=variance, bias=bias, truth=truth, throughput=throughput)
+TABLES |= dict(variance=variance, bias=bias, truth=truth, throughput=throughput, scaling=scaling)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -1,7 +1,7 @@
 """C++ or CUDA of the step: its operations, written out number by number.
 
-The functions of a substep have no loops and no branches, and environments never meet. So the graph that torch traces
-of them runs once more here, with symbols for numbers. What is known of a robot folds away: an axis (0, 0, 1) leaves no
+The functions of a substep have no loops and no branches, and environments never meet. They run once here with symbols
+for numbers, behind torch's operations. What is known of a robot folds away: an axis (0, 0, 1) leaves no
 multiplication by 0 or 1, and what two formulas share is computed once. What is left is one long list of operations, on
 as many environments side by side as a vector register holds, or on one in each thread of a GPU.
 
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from diffsim.dynamics import backward_substep, forward_substep
+from diffsim.dynamics import backward, forward
 from diffsim.model import Model
 
 PART, PARTS_PER_FILE = 600, 8  # operations of a part
@@ -109,6 +111,8 @@ class Expressions:
             a, b, sign = b, a, COMPARISONS[sign]
         if isinstance(a, float):
             return {">": a > b, ">=": a >= b, "<": a < b, "<=": a <= b}[sign]
+        if is_number(b, math.inf) or is_number(b, -math.inf):
+            return (b < 0) == sign.startswith(">")
         return self.add(sign, a, b)
 
     def where(self, condition, a, b):
@@ -155,7 +159,7 @@ def is_number(x, value) -> bool:
     return isinstance(x, float) and isinstance(value, (int, float)) and x == value
 
 
-# --- the graph, with symbols --------------------------------------------------------------------------------------
+# --- torch's operations, with symbols ------------------------------------------------------------------------------
 def one_column(shape) -> tuple:
     """Environments are one column here."""
     return (*shape[:-1], 1) if len(shape) else ()
@@ -181,16 +185,19 @@ def operations(e: Expressions) -> dict[str, Callable]:
     def compare(sign):
         return each(lambda a, b: e.compare(sign, a, b))
 
-    def total(x, dims, keepdim=False):
+    def total(x, dims=(-1,), keepdim=False):
         dims = sorted((d % x.ndim for d in dims), reverse=True)
+        if x.ndim - 1 in dims:
+            return None
         for d in dims:
-            if d == x.ndim - 1:
-                raise NotImplementedError("a sum over environments")
             rows = np.split(x, x.shape[d], d)
             x = rows[0]
             for row in rows[1:]:
                 x = plus(x, row)
         return x if keepdim else x.squeeze(tuple(dims))
+
+    def product(a, b):  # of matrices
+        return total(times(a[:, :, None], b[None]), [1])
 
     def cut(x, dim=0, start=None, end=None, step=1):
         return x[(slice(None),) * dim + (slice(start, end, step),)]
@@ -223,7 +230,7 @@ def operations(e: Expressions) -> dict[str, Callable]:
         "sigmoid": sigmoid, "sigmoid_backward": lambda g, y: times(g, times(y, each(e.minus)(1.0, y))),
         "gt": compare(">"), "ge": compare(">="), "le": compare("<="), "where": where,
         "logical_and": each(e.both), "clamp": each(e.clamp),
-        "sum": total, "cat": lambda x, dim=0: np.concatenate(x, dim),
+        "sum": total, "mm": product, "t": np.transpose, "cat": lambda x, dim=0: np.concatenate(x, dim),
         "detach": lambda x: x, "lift_fresh_copy": lambda x: x,
         "index": gather, "index_put": scatter, "new_zeros": lambda _, shape: np.full(one_column(shape), 0.0, object),
         "slice": cut, "slice_backward": paste, "select": lambda x, dim, i: x.take(i, dim),
@@ -232,41 +239,52 @@ def operations(e: Expressions) -> dict[str, Callable]:
     }  # fmt: skip
 
 
+class Trace(TorchDispatchMode):
+    """Follows symbols through torch's operations, autograd's among them, on tensors whose values do not matter."""
+
+    def __init__(self, e: Expressions):
+        super().__init__()
+        self.apply, self.arrays, self.alive = operations(e), {}, []  # by the id of a tensor, which is kept alive
+
+    def follow(self, tensor: Tensor, array: np.ndarray | None):
+        """None: a sum over environments, of which only the shape may count."""
+        self.arrays[id(tensor)] = array
+        self.alive.append(tensor)
+
+    def array(self, x):
+        if isinstance(x, list | tuple):
+            return [self.array(y) for y in x]
+        if isinstance(x, Tensor) and id(x) not in self.arrays:  # a constant of the model
+            self.follow(x, np.array(x.tolist(), object if x.is_floating_point() else int))
+        return self.arrays[id(x)] if isinstance(x, Tensor) else x
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, name = function(*args, **(kwargs or {})), function._schema.name.removeprefix("aten::")
+        if not any(isinstance(x, Tensor) and id(x) in self.arrays for x in tree_leaves(args)):
+            return out
+        values = [self.array(x) for x in args]
+        if name in LIKE:
+            array = np.full(one_column(out.shape), LIKE[name], object)
+        elif any(x is None for x, arg in zip(values, args) if isinstance(arg, Tensor)):
+            array = None
+        elif name in self.apply:
+            array = self.apply[name](*values, **{k: v for k, v in (kwargs or {}).items() if k in ("alpha", "keepdim")})
+        else:
+            raise NotImplementedError(f"no C++ for torch's operation {name}")
+        self.follow(out, array)
+        return out
+
+
 def outputs(model: Model, function: Callable, shapes: list[int], e: Expressions) -> list:
     """Symbols of what `function(model, ...)` makes of inputs with so many rows, row by row."""
-    zeros = [torch.zeros(rows, 2, device=model.device, dtype=model.dtype) for rows in shapes]
-    graph = make_fx(lambda *x: function(model, *x))(*zeros)
-    arrays, apply = iter([e.inputs(rows) for rows in shapes]), operations(e)
-    values, needed = {}, set()
-
-    def name(node) -> str:
-        return node.target._schema.name.removeprefix("aten::") if node.op == "call_function" else node.op
-
-    def value(x):
-        if isinstance(x, torch.fx.Node):
-            return values[x]
-        return [value(y) for y in x] if isinstance(x, (list, tuple)) else x
-
-    for node in reversed(graph.graph.nodes):
-        if node.op == "output" or node in needed:
-            needed.update([] if name(node) in LIKE else node.all_input_nodes)
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(arrays)
-        elif node.op == "output":
-            return [x for array in value(node.args[0]) for x in array.flat]
-        elif node not in needed:
-            continue
-        elif node.op == "get_attr":
-            constant = getattr(graph, node.target).cpu()
-            values[node] = np.array(constant.tolist(), object if constant.is_floating_point() else int)
-        elif name(node) in LIKE:
-            values[node] = np.full(one_column(node.meta["val"].shape), LIKE[name(node)], object)
-        elif name(node) in apply:
-            keywords = {k: v for k, v in node.kwargs.items() if k in ("alpha", "keepdim")}
-            values[node] = apply[name(node)](*map(value, node.args), **keywords)
-        else:
-            raise NotImplementedError(f"no C++ for torch's operation {name(node)}")
+    tensors = [torch.zeros(rows, 2, dtype=model.dtype, device=model.device) for rows in shapes]
+    with Trace(e) as trace:
+        for tensor in tensors:
+            trace.follow(tensor, e.inputs(len(tensor)))
+        found = [trace.array(x) for x in function(model, *tensors)]
+    if any(x is None for x in found):
+        raise NotImplementedError("no C++ for a sum over environments")
+    return [x for array in found for x in array.flat]
 
 
 # --- the text -----------------------------------------------------------------------------------------------------
@@ -349,24 +367,24 @@ def write(e: Expressions, rows: int, results: list, number: Callable) -> tuple[l
     return texts, size
 
 
-def generate(model: Model) -> list[str]:
+def generate(model: Model, cuda: bool = False) -> list[str]:
     """C++ files, the last one with the functions `forward` and `backward` of step.cpp; for CUDA one file.
 
-    LANES is left to the compiler's command.
+    LANES is left to the C++ compiler's command.
     """
-    nq, nv, double = model.nq, model.nv, model.dtype == torch.float64
+    nq, nv, nu, double = model.nq, model.nv, model.nu, model.dtype == torch.float64
     step = (Path(__file__).parent / "step.cpp").read_text()
-    common = f"typedef {'double' if double else 'float'} T;\n#define NQ {nq}\n#define NV {nv}\n"
+    common = f"typedef {'double' if double else 'float'} T;\n#define NQ {nq}\n#define NV {nv}\n#define NU {nu}\n"
     defined, functions = "", []
-    shapes = {"forward": [nq, nv, nv], "backward": [nq, nv, nv, nv, nq, nv]}
-    for kind, function in (("forward", forward_substep), ("backward", backward_substep)):
+    shapes = {"forward": [nq, nv, nu], "backward": [nq, nv, nu, nv, nq, nv]}
+    for kind, function in (("forward", forward), ("backward", backward)):
         e = Expressions()
         results = outputs(model, function, shapes[kind], e)
         texts, places = write(e, sum(shapes[kind]), results, repr if double else lambda x: f"{x!r}f")
         functions += [f"HERE void {kind}{i}(V* s) {{\n{text}\n}}\n" for i, text in enumerate(texts)]
         calls = " ".join(f"DO({kind}{i})" for i in range(len(texts)))
         defined += f"#define {kind.upper()}_PLACES {places}\n#define {kind.upper()}_PARTS(DO) {calls}\n"
-    if model.device.type == "cuda":
+    if cuda:
         return [common + defined + step + "".join(functions)]
     files = ["".join(functions[i : i + PARTS_PER_FILE]) for i in range(0, len(functions), PARTS_PER_FILE)]
     return [*(common + step + file for file in files), common + defined + step]

@@ -110,8 +110,8 @@ def solve(model: Model, frames: list[Frame], equation: Equation, impulses, tau: 
     S = [_unit_twists(g, frame) for g, frame in zip(model.groups, frames)]
     if any(p is not None for p in impulses):
         tau = [[f + t for f, t in zip(*both)] for both in zip(project(model, frames, impulses), tau)]
-    b = _column(model, tau, max(t.shape[1] for group in tau for t in group))
-    A = _matrix(model, frames, equation, S, b.shape[1])
+    zeros = [torch.zeros_like(t[0]) for t in tau]  # (n, B)
+    b, A = _column(tau, zeros), _matrix(model, frames, equation, S, zeros)
     x, first, found = _cholesky_solve(A, b), 0, [[] for _ in model.groups]
     for i, g in _from_leaves(model.groups):
         for _ in g.dofs:
@@ -142,11 +142,11 @@ def _composite_momenta(model: Model, terms, S: list[list[Spatial]]) -> list[list
     return momenta
 
 
-def _matrix(model: Model, frames: list[Frame], equation: Equation, S: list[list[Spatial]], batch: int) -> Tensor:
+def _matrix(model: Model, frames: list[Frame], equation: Equation, S: list[list[Spatial]], zeros) -> Tensor:
     """A (dofs, dofs, B), its lower triangle."""
     terms, contacts = equation
-    at, momenta = model.links.pattern, _spatial(model, _composite_momenta(model, terms, S), batch)
-    S, diagonal = _spatial(model, S, batch), _column(model, [t.joint.diagonal for t in terms], batch)
+    at, momenta = model.links.pattern, _spatial(_composite_momenta(model, terms, S), zeros)
+    S, diagonal = _spatial(S, zeros), _column([t.joint.diagonal for t in terms], zeros)
     rot, cross, lin = contacts.inertia()
     N = []
     for t in (*rot, *cross.a, *cross.b, *cross.c, *lin):
@@ -155,13 +155,13 @@ def _matrix(model: Model, frames: list[Frame], equation: Equation, S: list[list[
     N = Inertia(Sym(*N[:6]), Mat(*(Vec(*N[c : c + 3]) for c in (6, 9, 12))), Sym(*N[15:]))
     D = S.map(lambda t: t[at.dof])
     if at.shift is not None:
-        origin = Vec(*of_links(model, [f.origin for f in frames]))
+        origin = Vec(*of_links([f.origin for f in frames], zeros))
         D = Spatial(D.ang, D.lin + origin.map(lambda t: t[at.shift[0]] - t[at.shift[1]]).cross(D.ang))
     products = N @ D.map(lambda t: t[at.product[1]])
     alone = S.map(lambda t: t[at.above]).dot(momenta.map(lambda t: t[at.below]))
     joined = D.map(lambda t: t[at.left]).dot(products.map(lambda t: t[at.right])) * at.sign
     nv = len(diagonal)
-    return _sums(torch.cat([alone, joined, diagonal]), at.entries, nv * nv).view(nv, nv, batch)
+    return _sums(torch.cat([alone, joined, diagonal]), at.entries, nv * nv).view(nv, nv, -1)
 
 
 def _sums(t: Tensor, places: Tensor, n: int) -> Tensor:
@@ -169,15 +169,15 @@ def _sums(t: Tensor, places: Tensor, n: int) -> Tensor:
     return t.new_zeros(n, t.shape[1]).index_put((places,), t, accumulate=True)
 
 
-def _spatial(model: Model, values: list[list[Spatial]], batch: int) -> Spatial:
+def _spatial(values: list[list[Spatial]], zeros: list[Tensor]) -> Spatial:
     """One (dofs, B) of one (n, B) for each dof of each group."""
-    x, y, z, *lin = (_column(model, [[(*s.ang, *s.lin)[c] for s in x] for x in values], batch) for c in range(6))
+    x, y, z, *lin = (_column([[(*s.ang, *s.lin)[c] for s in group] for group in values], zeros) for c in range(6))
     return Spatial(Vec(x, y, z), Vec(*lin))
 
 
-def _column(model: Model, values: Grouped, batch: int) -> Tensor:
-    """(dofs, B) of (n, B), or less, for each dof of each group."""
-    return torch.cat([t.expand(len(g.joints), batch) for i, g in _from_leaves(model.groups) for t in values[i]])
+def _column(values: Grouped, zeros: list[Tensor]) -> Tensor:
+    """(dofs, B) of (n, B), (n, 1) or (1, B) for each dof of each group; zeros: (n, B) of each group."""
+    return torch.cat([t + zero for group, zero in list(zip(values, zeros))[::-1] for t in group])
 
 
 def _cholesky_solve(A: Tensor, b: Tensor) -> Tensor:

@@ -78,6 +78,26 @@ def backward_substep(model: Model, qpos, qvel, qfrc, x, grad_qpos, grad_qvel):
     return direct + grad_qpos, grad_qvel, grad_qfrc
 
 
+# --- one substep under a control ----------------------------------------------------------------------------------
+def actuator_force(model: Model, ctrl: Tensor) -> Tensor:
+    """Joint forces (nv, B) of the actuators at controls (nu, B), clipped to ctrlrange (no gradient outside)."""
+    return model.gear @ torch.clamp(ctrl, model.ctrl_low, model.ctrl_high) + model.bias
+
+
+def forward(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
+    """qpos, qvel after model.timestep at controls (nu, B)."""
+    return forward_substep(model, qpos, qvel, actuator_force(model, ctrl))
+
+
+def backward(model: Model, qpos, qvel, ctrl, x, grad_qpos, grad_qvel):
+    """Its adjoint: gradients of qpos, qvel and ctrl."""
+    with torch.enable_grad():
+        ctrl = ctrl.detach().requires_grad_()
+        qfrc = actuator_force(model, ctrl)
+    *grads, grad_qfrc = backward_substep(model, qpos, qvel, qfrc, x, grad_qpos, grad_qvel)
+    return *grads, *torch.autograd.grad(qfrc, ctrl, grad_qfrc)
+
+
 # --- public functions -------------------------------------------------------------------------------------------
 class Eager:
     """The substeps of a control step and their adjoint, as PyTorch runs them."""
@@ -85,31 +105,35 @@ class Eager:
     def __init__(self, model: Model):
         self.model = model
 
-    def forward(self, qpos: Tensor, qvel: Tensor, qfrc: Tensor, substeps: int):
-        """(nq, B), (nv, B), (nv, B) -> states (substeps, nq + nv, B) that substeps began with; new qpos, qvel."""
+    def forward(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor, substeps: int):
+        """(nq, B), (nv, B), (nu, B) -> states (substeps, nq + nv, B) that substeps began with; new qpos, qvel."""
         states = []
         for _ in range(substeps):
             states.append(torch.cat([qpos, qvel]))
-            qpos, qvel = forward_substep(self.model, qpos, qvel, qfrc)
+            qpos, qvel = forward(self.model, qpos, qvel, ctrl)
         return torch.stack(states), qpos, qvel
 
-    def backward(self, states: Tensor, qvel: Tensor, qfrc: Tensor, grad_qpos: Tensor, grad_qvel: Tensor):
-        """Gradients of qpos, qvel, qfrc from those of the new qpos, qvel; states, new qvel as `forward` gave them."""
-        total = torch.zeros_like(qfrc)
+    def backward(self, states: Tensor, qvel: Tensor, ctrl: Tensor, grad_qpos: Tensor, grad_qvel: Tensor):
+        """Gradients of qpos, qvel, ctrl from those of the new qpos, qvel; states, new qvel as `forward` gave them.
+
+        Nothing in, nothing out: an environment whose state was thrown away may hold inf, and 0 * inf is NaN.
+        """
+        used = (grad_qpos != 0).any(0) | (grad_qvel != 0).any(0)
+        total = torch.zeros_like(ctrl)
         for state in reversed(states):
             inputs = state.split([self.model.nq, self.model.nv])
-            grad_qpos, grad_qvel, grad = backward_substep(self.model, *inputs, qfrc, qvel, grad_qpos, grad_qvel)
+            grad_qpos, grad_qvel, grad = backward(self.model, *inputs, ctrl, qvel, grad_qpos, grad_qvel)
             total, qvel = total + grad, inputs[1]
-        return grad_qpos, grad_qvel, total
+        return [torch.where(used, grad, 0.0) for grad in (grad_qpos, grad_qvel, total)]
 
 
 class Step(torch.autograd.Function):
     """Several substeps as one operation: forward keeps the states only, backward walks them with the adjoint."""
 
     @staticmethod
-    def forward(ctx, qpos, qvel, qfrc, engine, substeps):
-        states, qpos, qvel = engine.forward(qpos, qvel, qfrc, substeps)
-        ctx.save_for_backward(states, qvel, qfrc)
+    def forward(ctx, qpos, qvel, ctrl, engine, substeps):
+        states, qpos, qvel = engine.forward(qpos, qvel, ctrl, substeps)
+        ctx.save_for_backward(states, qvel, ctrl)
         ctx.engine = engine
         return qpos, qvel
 
@@ -117,10 +141,7 @@ class Step(torch.autograd.Function):
     def backward(ctx, grad_qpos, grad_qvel):
         if torch.is_grad_enabled():  # torch's once_differentiable lets autograd take a second derivative for zero
             raise RuntimeError("diffsim's step is differentiable once: no create_graph=True, no Hessian through it")
-        # Nothing in, nothing out: an environment whose state was thrown away may hold inf, and 0 * inf is NaN.
-        unused = (grad_qpos == 0).all(0) & (grad_qvel == 0).all(0)
-        grads = ctx.engine.backward(*ctx.saved_tensors, grad_qpos, grad_qvel)
-        return *(torch.where(unused, 0.0, grad) for grad in grads), None, None
+        return *ctx.engine.backward(*ctx.saved_tensors, grad_qpos, grad_qvel), None, None
 
 
 def _check_rows(**arrays: tuple[Tensor, int]):
@@ -130,11 +151,6 @@ def _check_rows(**arrays: tuple[Tensor, int]):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({rows}, environments)")
 
 
-def actuator_force(model: Model, ctrl: Tensor) -> Tensor:
-    """Joint forces (nv, B) of the actuators at controls (nu, B), clipped to ctrlrange (no gradient outside)."""
-    return model.gear @ torch.clamp(ctrl, model.ctrl_low, model.ctrl_high) + model.bias
-
-
 def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
     """One substep of model.timestep: qpos (nq, B), qvel (nv, B), ctrl (nu, B) -> qpos, qvel.
 
@@ -142,7 +158,7 @@ def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor
     """
     _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv), ctrl=(ctrl, model.nu))
 
-    return Step.apply(qpos, qvel, actuator_force(model, ctrl), Eager(model), 1)
+    return Step.apply(qpos, qvel, ctrl, Eager(model), 1)
 
 
 def mass_matrix(model: Model, qpos: Tensor) -> Tensor:

@@ -220,7 +220,8 @@ def residual(model: Model, frames: list[Frame], equation: Equation, x: Grouped, 
         for d, j, x_i, lam_i in zip(*joint, x_g, lam_g):
             total = total + (lam_i * (j - d * x_i)).sum()
     if links is not None:
-        velocities = at_ends(model, [[*a.ang, *a.lin, *b.ang, *b.lin] for a, b in moved])
+        parts = [[*a.ang, *a.lin, *b.ang, *b.lin] for a, b in moved]
+        velocities = at_ends(model, parts, [a for a, _ in moved])
         of_x, of_lam = ([Spatial(Vec(*t[c : c + 3]), Vec(*t[c + 3 : c + 6])) for t in velocities] for c in (0, 6))
         total = total + links.residual(links.relative(*of_x), links.relative(*of_lam)).sum()
     return total

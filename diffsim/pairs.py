@@ -92,7 +92,7 @@ def link_terms(model: Model, frames: list[Frame], twists: list[Spatial], h: floa
     """The same of contacts between links, (1, n, B)."""
     parts = [(*f.pos, *f.rot.a, *f.rot.b, *f.rot.c, *f.origin, *t.ang, *t.lin) for f, t in zip(frames, twists)]
     ends = []
-    for x in at_ends(model, parts):
+    for x in at_ends(model, parts, twists):
         pos, *rot, origin, ang, lin = (Vec(*x[c : c + 3]) for c in range(0, 21, 3))
         if model.links.pattern.shift is None:  # all origins are one
             origin = origin.map(torch.zeros_like)
@@ -100,16 +100,15 @@ def link_terms(model: Model, frames: list[Frame], twists: list[Spatial], h: floa
     return _touch(model.links, *ends, False, model.softness, h)
 
 
-def at_ends(model: Model, parts: list) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors (n, B) of the links of every group, as contacts between links see them: those of a, those of b."""
-    all_links = of_links(model, parts)
+def at_ends(model: Model, parts: list, twists: list[Spatial]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of the links of every group, as contacts between links see them, (n, B): those of a, those of b."""
+    all_links = of_links(parts, [torch.zeros_like(t.lin.x) for t in twists])
     return [t[model.links.a] for t in all_links], [t[model.links.b] for t in all_links]
 
 
-def of_links(model: Model, parts: list) -> list[Tensor]:
-    """(links, B) of the tensors (n, B), or (n, 1), of every group."""
-    batch, counts = max(t.shape[1] for t in parts[0]), [len(g.joints) for g in model.groups]
-    return [torch.cat([t.expand(n, batch) for t, n in zip(x, counts)]) for x in zip(*parts)]
+def of_links(parts: list, zeros: list[Tensor]) -> list[Tensor]:
+    """(links, B) of the tensors (n, B), (n, 1) or (1, B) of every group; zeros: (n, B) of every group."""
+    return [torch.cat([t + zero for t, zero in zip(x, zeros)]) for x in zip(*parts)]
 
 
 def _touch(pairs: Touching, a: tuple, b: tuple | None, swapped: bool, softness: Softness, h: float) -> PairTerms:

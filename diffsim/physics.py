@@ -26,13 +26,16 @@ import torch
 from torch import Tensor
 
 from diffsim.codegen import generate
-from diffsim.dynamics import Eager, Step, actuator_force
+from diffsim.dynamics import Eager, Step
 from diffsim.model import Model
 
 SOURCES = (  # of the step
-    "spatial", "contact", "kinematics", "forces", "pairs", "articulated", "dense", "dynamics", "model", "builder",
-    "collisions", "mjcf", "physics", "codegen",
+    "spatial.py", "contact.py", "kinematics.py", "forces.py", "pairs.py", "articulated.py", "dense.py", "dynamics.py",
+    "model.py", "builder.py", "collisions.py", "mjcf.py", "physics.py", "codegen.py", "step.cpp",
 )  # fmt: skip
+SOURCE = hashlib.sha256()  # as imported: a file may be edited while this process runs
+for name in SOURCES:
+    SOURCE.update((Path(__file__).parent / name).read_bytes())
 KINDS = ("forward", "backward")
 UNCOMPILED: set[Path] = set()  # what this process could not compile
 STEPS = ("writing out its equations", "compiling them")
@@ -53,47 +56,44 @@ class DiffsimPhysics:
 
     def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
         """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`."""
-        return Step.apply(qpos, qvel, actuator_force(self.model, ctrl), self.engine, self.substeps)
+        return Step.apply(qpos, qvel, ctrl, self.engine, self.substeps)
 
 
 class Compiled:
-    """`Eager`'s two functions, of a folder in the cache."""
+    """`Eager`'s two functions, from a folder of the cache."""
 
     def __init__(self, model: Model, folder: Path):
         self.model = model
         if model.device.type == "cuda":
-            from torch.cuda._utils import _cuda_load_module  # public in its effect only: torch.cuda._compile_kernel
+            from torch.cuda._utils import _cuda_load_module
 
+            self.kernels = {}
             for kind in KINDS:
                 name = (folder / f"{kind}.name").read_text()
-                kernel = _cuda_load_module((folder / f"{kind}.cubin").read_bytes(), [name])[name]
-                setattr(self, f"_{kind}", self._launcher(kernel))
+                with torch.cuda.device(model.device):
+                    self.kernels[kind] = _cuda_load_module((folder / f"{kind}.cubin").read_bytes(), [name])[name]
         else:
-            library = ctypes.CDLL(str(folder / "step.so"))
-            for kind, arrays in zip(KINDS, (6, 8)):
-                function = getattr(library, kind)
-                function.argtypes, function.restype = [ctypes.c_void_p] * arrays + [ctypes.c_int] * 2, None
-                setattr(self, f"_{kind}", self._caller(function))
+            self.library = ctypes.CDLL(str(folder / "step.so"))
 
-    @staticmethod
-    def _caller(function):
-        return lambda *arrays, numbers: function(*(x.data_ptr() for x in arrays), *numbers)
+    def _run(self, kind: str, arrays: list[Tensor], substeps: int, batch: int):
+        if self.model.device.type == "cuda":
+            with torch.cuda.device(self.model.device):
+                self.kernels[kind]((-(-batch // 64), 1, 1), (64, 1, 1), [*arrays, substeps, batch])
+        else:
+            pointers = (ctypes.c_void_p(x.data_ptr()) for x in arrays)
+            getattr(self.library, kind)(*pointers, ctypes.c_int(substeps), ctypes.c_int(batch))
 
-    @staticmethod
-    def _launcher(kernel):
-        return lambda *arrays, numbers: kernel((-(-numbers[1] // 64), 1, 1), (64, 1, 1), [*arrays, *numbers])
-
-    def forward(self, qpos: Tensor, qvel: Tensor, qfrc: Tensor, substeps: int):
+    def forward(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor, substeps: int):
         m, batch = self.model, qpos.shape[1]
-        inputs = [x.contiguous() for x in (qpos, qvel, qfrc)]
+        inputs = [x.contiguous() for x in (qpos, qvel, ctrl)]
         outputs = [qpos.new_empty(*shape, batch) for shape in ((substeps, m.nq + m.nv), (m.nq,), (m.nv,))]
-        self._forward(*inputs, *outputs, numbers=(substeps, batch))
+        self._run("forward", [*inputs, *outputs], substeps, batch)
         return outputs
 
     def backward(self, states: Tensor, *inputs: Tensor):
         inputs = [x.contiguous() for x in inputs]
-        outputs = [states.new_empty(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nv)]
-        self._backward(states, *inputs, *outputs, numbers=(len(states), states.shape[2]))
+        outputs = [states.new_empty(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nu)]
+        self._run("backward", [states, *inputs, *outputs], len(states), states.shape[2])
         return outputs
 
 
@@ -195,7 +195,7 @@ def _locked(folder: Path, wait: bool = True):
 
 def _build(model: Model, entry: Path) -> str | None:
     """Compile the step into the folder `entry`; returns what went wrong, in one line. Its lock is held."""
-    work = entry.with_suffix(".build")
+    work, cuda = entry.with_suffix(".build"), model.device.type == "cuda"
     temporary, start = work / "temporary", time.time()
 
     def report(step: int):
@@ -206,11 +206,11 @@ def _build(model: Model, entry: Path) -> str | None:
         temporary.mkdir(parents=True)
         report(0)
         try:
-            files = generate(model)
+            files = generate(model, cuda)
         except NotImplementedError as e:
             return f"compiling the physics failed ({e})"
         report(1)
-        if error := (_compile_cuda if model.device.type == "cuda" else _compile)(files, temporary, work):
+        if error := _compile_cuda(files[0], model, work) if cuda else _compile(files, temporary, work):
             return f"compiling the physics failed{error}"
         shutil.rmtree(temporary)
         (work / "sha256").write_text(_digest(work))
@@ -274,13 +274,14 @@ def _compile(files: list[str], temporary: Path, work: Path) -> str | None:
     return None
 
 
-def _compile_cuda(files: list[str], temporary: Path, work: Path) -> str | None:
+def _compile_cuda(file: str, model: Model, work: Path) -> str | None:
     """The kernels of a CUDA file, by the compiler that comes with PyTorch."""
     from torch.cuda._utils import _nvrtc_compile
 
     for kind in KINDS:
         try:
-            binary, name = _nvrtc_compile(files[0], kind)
+            with torch.cuda.device(model.device):
+                binary, name = _nvrtc_compile(file, kind)
         except (RuntimeError, OSError) as e:
             return f" ({str(e).strip().splitlines()[-1][:160]})"
         (work / f"{kind}.cubin").write_bytes(binary)
@@ -309,10 +310,7 @@ def _digest(folder: Path) -> str:
 
 
 def _key(model: Model) -> str:
-    digest, here = hashlib.sha256(), Path(__file__).parent
-    for source in sorted([*here.glob("*.py"), here / "step.cpp"]):
-        if source.stem in SOURCES or source.suffix == ".cpp":
-            digest.update(source.read_bytes())
+    digest = SOURCE.copy()
     binary = np.empty(mujoco.mj_sizeModel(model.mj_model), np.uint8)
     mujoco.mj_saveModel(model.mj_model, None, binary)
     digest.update(binary.tobytes())

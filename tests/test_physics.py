@@ -170,7 +170,7 @@ def dense(model, equation, qpos):
         add(jacobian.flatten(1, 2), weight.flatten(2), (n * t.j_n[..., 0]).flatten(1))
 
     if equation.links is not None:
-        ends = at_ends(model, [[*v.ang, *v.lin] for v in velocities])
+        ends = at_ends(model, [[*v.ang, *v.lin] for v in velocities], velocities)
         touch(equation.links, *(Spatial(Vec(*t[:3]), Vec(*t[3:])) for t in ends))
     for g, (body, contact, joint, pairs), vel in zip(model.groups, equation.groups, velocities):
         if body is not None:
