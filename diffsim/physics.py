@@ -30,8 +30,8 @@ from diffsim.dynamics import Eager, Step
 from diffsim.model import Model
 
 SOURCES = (  # of the step
-    "spatial.py", "contact.py", "kinematics.py", "forces.py", "pairs.py", "articulated.py", "dynamics.py", "model.py",
-    "builder.py", "collisions.py", "mjcf.py", "physics.py", "codegen.py", "step.cpp",
+    "spatial.py", "contact.py", "kinematics.py", "forces.py", "pairs.py", "articulated.py", "dense.py", "dynamics.py",
+    "model.py", "builder.py", "collisions.py", "mjcf.py", "physics.py", "codegen.py", "step.cpp",
 )  # fmt: skip
 SOURCE = hashlib.sha256()  # as imported: a file may be edited while this process runs
 for name in SOURCES:
