@@ -296,8 +296,9 @@ class Zoo(diffsim.Task):
     others touch, an actuator without a range."""
 
     collisions = True
-    xml = """<mujoco><worldbody><geom type="plane" size="5 5 .1"/>
-      <body pos="0 0 .3"><freejoint/><geom type="box" size=".1 .1 .05"/></body>
+    xml = """<mujoco><default><geom contype="1" conaffinity="2"/></default>
+      <worldbody><geom type="plane" size="5 5 .1" contype="3" conaffinity="3"/>
+      <body pos="0 0 .3"><freejoint/><geom type="box" size=".1 .1 .05" contype="2" conaffinity="1"/></body>
       <body pos="0 0 .55"><joint type="slide" axis="0 0 1"/><geom type="sphere" size=".1"/>
         <body><joint name="a" axis="0 1 0" limited="true" range="-9 9" damping=".1"/>
           <geom type="capsule" fromto=".1 0 0 .4 0 0" size=".05"/>
