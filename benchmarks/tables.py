@@ -11,25 +11,18 @@ from functools import partial
 
 __name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
+import load
 import numpy as np
 import pandas as pd
 from load import ALGORITHMS, ESTIMATORS, HERE, evaluation_at, iqm, latest_ppo, load_curves, load_probes, load_runs
-from load import lowest_after_1m as lowest
 
+lowest, markdown, spread = load.lowest_after_1m, load.markdown, load.spread
 READMES = [HERE.parent / "README.md", HERE / "README.md"]
 PPO = ["", "mujoco", "gymnasium", "30k"]  # tags of its ordinary runs
 VARIANT = ["env", "physics", "algorithm", "flags", "trial"]  # runs that differ in nothing but their seed
 
 
 # --- cells --------------------------------------------------------------------------------------------------------
-def spread(values, digits: int = 0) -> str:
-    """median [min, max]; of a single run, its number; of none, nothing"""
-    values = pd.Series(list(values), dtype=float).dropna()
-    if len(values) < 2:
-        return "".join(f"{x:,.{digits}f}" for x in values)
-    return f"{values.median():,.{digits}f} [{values.min():,.{digits}f}, {values.max():,.{digits}f}]"
-
-
 def after(group: pd.DataFrame, key: str, spent: float) -> str:
     """Interquartile mean of the runs' evaluations when `key` came to `spent`, and its 95 % interval."""
     values = [x for x in (evaluation_at(run, key, spent) for run in group.run) if x == x]
@@ -90,17 +83,13 @@ COLUMNS = {
     "inside the clip range": lambda g: f"{100 * g.inside_clip.mean():.0f} %",
     "noise at the end": lambda g: spread(g["std"], 2),
     "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
+    "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
     "at RPO's minutes": lambda g: after(g, "wall_time_s", 60 * minutes_of_rpo(g.env.iloc[0])),
     "at 1M steps": lambda g: after(g, "global_step", 1e6),
     "lowest after 1M / median": lambda g: spread(map(lowest, g.run), 2),
     "PPO in these steps": lambda g: ppo_after(g, "global_step", g.steps.median()),
     "PPO in these minutes": lambda g: ppo_after(g, "wall_time_s", 60 * g.minutes.median()),
 }
-
-
-def markdown(header: list, rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def by_variant(which: str, columns: str) -> str:
@@ -175,7 +164,7 @@ def throughput() -> str:
 
 
 def scaling() -> str:
-    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).dropna(subset="training")
+    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).query("processes > 0")
     found = found.sort_values(["env", "batch", "processes"])
     one = found[found.processes == 1].set_index(["env", "batch"]).training
     rows = [
@@ -223,6 +212,10 @@ VARIANTS = {  # tables of by_variant
     "ablation": (
         f"{RPO_ON_ANT} and (tag.str.startswith('1M') or tag in ['', 'paper'])",
         "setting, steps, seeds, return, KL, inside the clip range",
+    ),
+    "kl": (
+        "algorithm == 'RPO' and env == 'Hopper-v5' and seed < 100",
+        "task, setting, seeds, KL, return, lowest since half-way, 10 more episodes, falls in 64",
     ),
     "trials": ("seed > 100", "task, algorithm, trial, setting, seed, evaluations, minutes"),
     "model": (
