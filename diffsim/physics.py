@@ -146,11 +146,6 @@ def load_or_build(model: Model) -> Compiled | None:
         raise cannot_keep(entry.parent, e) from None
 
 
-def is_compiled(model: Model) -> bool:
-    """Whether this robot's step is compiled and kept already."""
-    return (cache_dir() / _key(model)).is_dir()
-
-
 def _compiler() -> str:
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
