@@ -26,6 +26,8 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch.distributions import Normal
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 
 from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
@@ -33,7 +35,6 @@ from diffsim.graphs import compiler
 from diffsim.play import Evaluator
 from diffsim.replay import ReplayBuffer
 from diffsim.run import Run
-from diffsim.spectral_norm import NormalizedLinear, power_iterations
 
 # isort: split
 from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, Rate, Ratio, Seed  # bounds
@@ -60,6 +61,8 @@ class Args(RunArgs):
     """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
+    power_iterations: Few = 5
+    """power iterations of the spectral normalisation in an update"""
     learning_starts: Count = 1_000
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
@@ -92,6 +95,8 @@ class Args(RunArgs):
     """step towards the policy of the average that is evaluated and saved, at first a plain mean; 1: the policy"""
     entropy_coef: Rate = 0.1
     """initial temperature: weight of the policy's entropy in every reward; it adapts to target_entropy"""
+    learn_entropy_coef: bool = True
+    """adapt the temperature so that the entropy comes to target_entropy"""
     target_entropy: Number | None = None
     """entropy of the policy, after the tanh, that the temperature aims at; default: -act_dim"""
     actor_hidden: Layers = (128, 128)
@@ -117,21 +122,31 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, expand_critic=True, tau=0.02),  # entropy: MBPO's
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0),  # entropy: MBPO's
     "HalfCheetah-v5": dict(total_timesteps=200_000),
     "on diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
 }
 
 
-def mlp(sizes: list[int], normalized: range = range(0)) -> nn.Sequential:
+def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
     """Linear layers with activations between; those of the indices `normalized` have a largest singular value of 1."""
     layers: list[nn.Module] = []
     for k, (i, o) in enumerate(zip(sizes[:-1], sizes[1:])):
         linear = nn.Linear(i, o)
         nn.init.orthogonal_(linear.weight, 0.01 if k == len(sizes) - 2 else 1.0 if k in normalized else 2**0.5)
         nn.init.zeros_(linear.bias)
-        layers += [NormalizedLinear(linear) if k in normalized else linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+        layers.append(spectral_norm(linear, n_power_iterations=args.power_iterations) if k in normalized else linear)
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+@torch.no_grad()
+def update_spectral_norm(net: nn.Sequential):
+    """Power iterations on weights that have changed; at other times (eval mode) u and v of the estimate stay."""
+    net.train()
+    for layer in filter(parametrize.is_parametrized, net):
+        layer.weight  # noqa: B018  computing it iterates
+    net.eval()
 
 
 def squashed_log_prob(policy: Normal, u):
@@ -146,7 +161,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim, *args.actor_hidden, 2 * act_dim]
-        self.net = mlp(sizes, range(1, len(args.actor_hidden) if args.spectral_norm else 0))
+        self.net = mlp(sizes, args, range(1, len(args.actor_hidden) if args.spectral_norm else 0))
         self.log_std_init = args.log_std_init
 
     def distribution(self, z) -> Normal:
@@ -185,7 +200,7 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = [obs_dim + act_dim, *args.critic_hidden, 1]
-        self.members = nn.ModuleList(mlp(sizes) for _ in range(2))
+        self.members = nn.ModuleList(mlp(sizes, args) for _ in range(2))
 
     def forward(self, z, action):
         inputs = torch.cat([z, action], -1)
@@ -198,8 +213,8 @@ class Model(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         normalized = range(len(args.model_hidden) if args.spectral_norm else 0)
-        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], normalized)
-        self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2])
+        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args, normalized)
+        self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args)
         self.register_buffer("change", torch.ones(obs_dim))  # root mean square of s' - s
         self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and deviation
 
@@ -406,7 +421,6 @@ if __name__ == "__main__":
     # --- what is computed in a step: each function is one graph, where it is compiled ------------------------------
     compiled = compiler(args.compile and args.device == "cpu")
     act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
-    renormalize = compiled(lambda net: power_iterations(net))
 
     @compiled
     def note(obs, reward, final_obs):
@@ -464,7 +478,7 @@ if __name__ == "__main__":
                 batch = {k: x[0] for k, x in segment.items()}
                 losses = model_gradient(batch)
                 model_optimizer.step()
-                renormalize(model.dynamics)
+                update_spectral_norm(model.dynamics)
             run.lap("model")
 
             alpha = temperature[0].detach().exp()
@@ -482,10 +496,11 @@ if __name__ == "__main__":
             policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, args.batch_size, act_dim), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
-                renormalize(actor.net)
+                update_spectral_norm(actor.net)
                 move_average(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))
-                temperature[0].grad = alpha * (entropy - target_entropy)
-                temperature_optimizer.step()
+                if args.learn_entropy_coef:
+                    temperature[0].grad = alpha * (entropy - target_entropy)
+                    temperature_optimizer.step()
             run.lap("actor")
             run.mean({
                 "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/q_value": q_value,

@@ -84,3 +84,17 @@ def iqm(*tasks, draws: int = 2000) -> tuple[float, float, float]:
     cut = drawn.shape[1] // 4  # of fewer than 4 runs nothing is cut: their mean
     centre, *means = np.sort(np.vstack([np.concatenate(tasks), drawn]))[:, cut : drawn.shape[1] - cut].mean(1)
     return centre, *np.quantile(means, [0.025, 0.975])
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+def spread(values, digits: int = 0) -> str:
+    """median [min, max]; of a single run, its number; of none, nothing"""
+    values = pd.Series(list(values), dtype=float).dropna()
+    if len(values) < 2:
+        return "".join(f"{x:,.{digits}f}" for x in values)
+    return f"{values.median():,.{digits}f} [{values.min():,.{digits}f}, {values.max():,.{digits}f}]"
+
+
+def markdown(header: list, rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -31,21 +31,25 @@ INCIDENTAL += "eval_episodes eval_physics total_timesteps log_every".split()
 Panels = dict[str, dict[str, list[pd.DataFrame]]]  # {title: {label: curves of its seeds}}
 
 
-def draw(panels: Panels, path: Path):
+def draw(panels: Panels, path: Path, y: str = "episodic_return", axes_x=("global_step", "wall_time_s")):
     """Mean and range of the seeds against steps (above) and minutes (below), a column a panel."""
-    figure, axes = plt.subplots(2, n := len(panels), figsize=(3.6 * n + 0.6, 5.4), squeeze=False, layout="constrained")
+    n, rows = len(panels), len(axes_x)
+    size = dict(figsize=(3.6 * n + 0.6, 2.7 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, n, **size)
     for column, (title, variants) in zip(axes.T, panels.items()):
-        for axis, key, scale, end in zip(column, ("global_step", "wall_time_s"), (1e6, 60), (min, max)):
+        for axis, key in zip(column, axes_x):
+            scale, end = (1e6, min) if key == "global_step" else (60, max)
             for i, (label, seeds) in enumerate(variants.items()):
+                seeds = [seed.dropna(subset=y) for seed in seeds]
                 color = f"C{ALGORITHMS.index(label) if label in ALGORITHMS else i}"
                 grid = np.linspace(0, end(seed[key].max() for seed in seeds), 300)  # who is through keeps its return
-                ys = np.stack([np.interp(grid, seed[key], seed.episodic_return, np.nan) for seed in seeds])
+                ys = np.stack([np.interp(grid, seed[key], seed[y], np.nan) for seed in seeds])
                 axis.plot(grid / scale, ys.mean(0), color=color, label=f"{label} ({len(seeds)})")
                 axis.fill_between(grid / scale, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
             axis.set(xlabel="minutes" if scale == 60 else "million environment steps", xlim=(0, None))
         column[0].set_title(title)
         column[0].legend(fontsize=7)
-    figure.supylabel("return while training", fontsize="medium")
+    figure.supylabel("return while training" if y == "episodic_return" else "evaluations", fontsize="medium")
     try:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as e:  # ValueError: a suffix that is no format
@@ -116,33 +120,21 @@ def draw_gradients(path: Path):
     figure.savefig(path, dpi=100)
 
 
-def draw_opponents(path: Path):
-    """Evaluations against minutes, a panel a task of Gymnasium's: mean and range of the seeds."""
-    runs = load_runs().query(f"{AGAINST} and tag in ['', 'sac', 'crossq']")
-    tasks = list(runs.groupby("env", sort=False))
-    figure, axes = plt.subplots(1, n := len(tasks), figsize=(3.6 * n + 0.6, 3.2), squeeze=False, layout="constrained")
-    for axis, (env, of_env) in zip(axes[0], tasks):
-        for name, group in of_env.groupby("algorithm", sort=False):
-            seeds = [load_curves()[run].dropna(subset="eval_return") for run in group.run]
-            minutes = [seed.wall_time_s / 60 for seed in seeds]
-            grid = np.linspace(max(x.min() for x in minutes), max(x.max() for x in minutes), 300)
-            ys = np.stack([np.interp(grid, x, seed.eval_return) for x, seed in zip(minutes, seeds)])
-            color = f"C{ALGORITHMS.index(name)}"
-            axis.plot(grid, ys.mean(0), color=color, label=f"{name} ({len(seeds)})")
-            axis.fill_between(grid, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
-        axis.set(title=env, xlabel="minutes", xlim=(0, None))
-        axis.legend(fontsize=7)
-    figure.supylabel("return of the deterministic policy", fontsize="medium")
-    figure.savefig(path, dpi=100)
-
-
 def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), out: Path = Path("runs.png")):
     """Draw these run folders into --out, or without any the READMEs' figures."""
     if folders:
         return draw(of_user(folders), out)
     draw(committed(IN_DIFFSIM, "ant", "anymal", "humanoid", "hand"), HERE / "results.png")
     draw(committed(ON_MUJOCO, "ant", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), HERE / "mujoco.png")
-    draw_opponents(HERE / "opponents.png")
+    against = committed(
+        f"{AGAINST} and tag in ['', 'sac', 'crossq']",
+        "Ant-v5",
+        "HalfCheetah-v5",
+        "Hopper-v5",
+        "Walker2d-v5",
+        "Humanoid-v5",
+    )
+    draw(against, HERE / "opponents.png", "eval_return", ("wall_time_s",))
     draw_gradients(HERE / "gradients.png")
 
 

@@ -11,25 +11,18 @@ from functools import partial
 
 __name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
+import load
 import numpy as np
 import pandas as pd
 from load import ALGORITHMS, ESTIMATORS, HERE, evaluation_at, iqm, latest_ppo, load_curves, load_probes, load_runs
-from load import lowest_after_1m as lowest
 
+lowest, markdown, spread = load.lowest_after_1m, load.markdown, load.spread
 READMES = [HERE.parent / "README.md", HERE / "README.md"]
 PPO = ["", "mujoco", "gymnasium", "30k"]  # tags of its ordinary runs
 VARIANT = ["env", "physics", "algorithm", "flags", "trial"]  # runs that differ in nothing but their seed
 
 
 # --- cells --------------------------------------------------------------------------------------------------------
-def spread(values, digits: int = 0) -> str:
-    """median [min, max]; of a single run, its number; of none, nothing"""
-    values = pd.Series(list(values), dtype=float).dropna()
-    if len(values) < 2:
-        return "".join(f"{x:,.{digits}f}" for x in values)
-    return f"{values.median():,.{digits}f} [{values.min():,.{digits}f}, {values.max():,.{digits}f}]"
-
-
 def after(group: pd.DataFrame, key: str, spent: float) -> str:
     """Interquartile mean of the runs' evaluations when `key` came to `spent`, and its 95 % interval."""
     values = [x for x in (evaluation_at(run, key, spent) for run in group.run) if x == x]
@@ -99,11 +92,6 @@ COLUMNS = {
 }
 
 
-def markdown(header: list, rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def by_variant(which: str, columns: str) -> str:
     """One row a variant of the runs of a query, with these of COLUMNS."""
     groups = [group for _, group in load_runs().query(which).groupby(VARIANT, sort=False)]
@@ -165,13 +153,36 @@ def truth() -> str:
 
 
 def throughput() -> str:
-    speeds = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).drop(columns="horizon")
+    speeds = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).dropna(subset="mujoco")
     speeds = speeds.sort_values(["env", "compiled", "threads", "batch"], ascending=[True, False, True, True])
     speeds["ratio"] = (speeds.forward_backward / speeds.mujoco).map("{:.2f}".format)
     speeds["compiled"] = np.where(speeds.compiled, "yes", "no")
-    numbers = ["forward", "forward_backward", "mujoco"]
-    speeds[numbers] = speeds[numbers].map("{:,}".format)
-    return markdown([name.replace("_", " + ") for name in speeds], speeds.values.tolist())
+    numbers = ["threads", "forward", "forward_backward", "mujoco"]
+    speeds[numbers] = speeds[numbers].map("{:,.0f}".format)
+    names = ["env", "batch", "compiled", *numbers, "ratio", "commit"]
+    return markdown([name.replace("_", " + ") for name in names], speeds[names].values.tolist())
+
+
+def scaling() -> str:
+    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).query("processes > 0")
+    found = found.sort_values(["env", "batch", "processes"])
+    one = found[found.processes == 1].set_index(["env", "batch"]).training
+    rows = [
+        [g.env, f"{g.batch:,}", f"{g.processes:.0f}", f"{g.training:,.0f}",
+         f"{g.training / one[g.env, g.batch * g.processes]:.2f}" if (g.env, g.batch * g.processes) in one else "",
+         f"{g.seconds:.0f}" if g.seconds == g.seconds else "", g.commit]
+        for g in found.itertuples()
+    ]  # fmt: skip
+    names = [
+        "env",
+        "environments a process",
+        "processes",
+        "steps/s",
+        "of one process with as many",
+        "seconds",
+        "commit",
+    ]
+    return markdown(names, rows)
 
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
@@ -214,7 +225,7 @@ VARIANTS = {  # tables of by_variant
 }
 TABLES = {name: partial(by_variant, *what) for name, what in VARIANTS.items()}
 TABLES |= dict(results=partial(by_algorithm, IN_DIFFSIM), results_mujoco=partial(by_algorithm, ON_MUJOCO))
-TABLES |= dict(variance=variance, bias=bias, truth=truth, throughput=throughput)
+TABLES |= dict(variance=variance, bias=bias, truth=truth, throughput=throughput, scaling=scaling)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -1,10 +1,11 @@
 """Physics in substeps/s beside MuJoCo C on one thread: OMP_NUM_THREADS=1 python benchmarks/throughput.py [--env ant]
 
-Rows are added to throughput.csv in --results as they come (`--results benchmarks`: the committed file). Compiling takes
-about a minute for each new batch size.
+With --processes 1 or 2, RPO's training in steps/s, and seconds until an evaluation comes to --until.
+Rows are added to throughput.csv in --results as they come (`--results benchmarks`: the committed file).
 """
 
 import signal
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 import tyro
 from mujoco import rollout
-from train import FOLDERS, commit, diffsim
+from train import FOLDERS, commit, diffsim, start
 
 HORIZON, REPEATS = 32, 5  # control steps of a window; measurements, of which the median is kept
 
@@ -30,6 +31,10 @@ class Args:
     """numbers of environments"""
     compile: bool = True
     """compile the physics"""
+    processes: int = 0
+    """measure training by so many processes, each with `batches` environments"""
+    until: float = 0.0
+    """a return, to measure seconds to it in a training of a million steps"""
     results: Path = FOLDERS
     """folder of throughput.csv"""
 
@@ -60,24 +65,46 @@ def window(env, actions, backward: bool) -> float:
     return time.time() - start
 
 
+def physics_row(args: Args, batch: int) -> dict:
+    with diffsim.flags.one_line_errors():
+        env = diffsim.make(args.env, batch, physics="diffsim", compile=args.compile)
+    env.reset()
+    actions = (0.3 * torch.randn(HORIZON, batch, env.model.nu)).clamp(-1, 1).requires_grad_()
+    window(env, actions[:1], True)
+    # by turns, because a machine has other work
+    seen = [(window(env, actions, False), window(env, actions, True), 1 / mujoco_speed(env)) for _ in range(REPEATS)]
+    substeps = batch * HORIZON * env.substeps
+    speeds = [round(work / x) for work, x in zip((substeps, substeps, 1), np.median(seen, 0))]
+    row = dict(env=args.env, batch=batch, compiled=args.compile, threads=torch.get_num_threads(), horizon=HORIZON)
+    return row | dict(zip(("forward", "forward_backward", "mujoco"), speeds)) | dict(commit=commit())
+
+
+def training(args: Args, batch: int, *flags: str) -> pd.DataFrame:
+    """metrics.csv of RPO's training."""
+    job = dict(script="rpo_diffsim", env=args.env, seed=1, flags=f"--num-envs {batch * args.processes}")
+    with tempfile.TemporaryDirectory() as folder:
+        start(job, folder, *flags, processes=args.processes, check=True, capture_output=True)
+        return pd.read_csv(next(Path(folder).glob("*/metrics.csv")))
+
+
+def training_row(args: Args, batch: int) -> dict:
+    iterations = 30 if batch <= 1024 else 12
+    later = training(args, batch, "--eval-every", "0", "--stop-after", str(iterations)).iloc[iterations // 3 :]
+    speed = np.polyfit(later.wall_time_s, later.global_step, 1)[0]
+    row = dict(env=args.env, batch=batch, processes=args.processes, training=round(speed), commit=commit())
+    if args.until:
+        curve = training(args, batch, "--total-timesteps", "1000000", "--eval-every", "50000")
+        row["seconds"] = curve.wall_time_s[curve.eval_return >= args.until].min()
+    return row
+
+
 if __name__ == "__main__":
     diffsim.program.start()
     args = tyro.cli(Args)
     path = args.results / "throughput.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     for batch in args.batches:
-        with diffsim.flags.one_line_errors():
-            env = diffsim.make(args.env, batch, physics="diffsim", compile=args.compile)
-        env.reset()
-        actions = (0.3 * torch.randn(HORIZON, batch, env.model.nu)).clamp(-1, 1).requires_grad_()
-        window(env, actions[:1], True)  # compiles
-        # by turns, because a machine has other work
-        seen = [
-            (window(env, actions, False), window(env, actions, True), 1 / mujoco_speed(env)) for _ in range(REPEATS)
-        ]
-        substeps = batch * HORIZON * env.substeps
-        speeds = [round(work / x) for work, x in zip((substeps, substeps, 1), np.median(seen, 0))]
-        row = dict(env=args.env, batch=batch, compiled=args.compile, threads=torch.get_num_threads(), horizon=HORIZON)
-        row |= dict(zip(("forward", "forward_backward", "mujoco"), speeds)) | dict(commit=commit())
-        pd.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False)
-        print(batch, f"{speeds[1]:,} substeps/s, MuJoCo {speeds[2]:,}", flush=True)
+        row = training_row(args, batch) if args.processes else physics_row(args, batch)
+        before = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        pd.concat([before, pd.DataFrame([row])]).convert_dtypes().to_csv(path, index=False)
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -65,10 +65,11 @@ def commit() -> str:
     return head + "+dirty" * bool(changes)
 
 
-def start(job: dict, folder, *more: str, **how):
-    """A script in a process of its own, as a user starts it, with one thread."""
+def start(job: dict, folder, *more: str, processes: int = 1, **how):
+    """A script in a process of its own, or several, as a user starts it, with one thread."""
     flags = ["--env", job["env"], "--seed", str(job["seed"]), "--run-dir", str(folder), *job["flags"].split(), *more]
-    command = [sys.executable, f"{job['script']}.py", *flags]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), f"{job['script']}.py", *flags]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
 
 

@@ -17,7 +17,7 @@ on the link, and what yields to a link yields to the body:
     root to leaves    x = (u - U^T a - c^T a_o) / D
 
 Several such bodies meet only here, X_op -= c_o c_p^T/D, and are solved for together, with the free roots of trees that
-touch them.
+touch them. Links that touch links are another matter: dense.py.
 """
 
 from dataclasses import dataclass, field

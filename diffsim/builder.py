@@ -32,7 +32,12 @@ def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softnes
     if timestep is not None:
         mj_model.opt.timestep = timestep
     check(mj_model, name, collisions)
-    return build_model(mj_model, softness or Softness(), device, dtype, collisions)
+    model = build_model(mj_model, softness or Softness(), device, dtype, collisions)
+    if collisions and not (model.links or any(g.pairs for g in model.groups)):
+        warnings.warn(
+            f"collisions=True changes nothing: no two geoms of {name} may touch (contype, conaffinity)", stacklevel=2
+        )
+    return model
 
 
 def build_model(mj_model: mujoco.MjModel, softness: Softness, device, dtype, collisions: bool = False) -> Model:
@@ -287,8 +292,7 @@ class _Builder:
         groups = self.make_groups()
         for g in groups:
             self.fill(g)
-        if self.collisions:
-            fill_pairs(self, groups)
+        links = fill_pairs(self, groups) if self.collisions else None
         self.warn_about_self_collision()
         moment = np.zeros((m.nv, m.nu))
         for i in range(m.nu):
@@ -311,7 +315,7 @@ class _Builder:
         limited = m.actuator_ctrllimited.astype(bool)
         gear = moment * m.actuator_gainprm[:, 0]
         return Model(
-            mj_model=m, groups=groups,
+            mj_model=m, groups=groups, links=links,
             gear=torch.tensor(gear, device=self.device, dtype=self.dtype), bias=self.column(moment @ b0),
             ctrl_low=self.column(np.where(limited, m.actuator_ctrlrange[:, 0], -np.inf)),
             ctrl_high=self.column(np.where(limited, m.actuator_ctrlrange[:, 1], np.inf)),

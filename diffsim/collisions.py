@@ -2,21 +2,26 @@
 
 A geom is a core and a radius about it. The spheres that stand for it are those at the corners of its core: a sphere
 itself, the two ends of a capsule, the eight rounded corners of a box. A sphere touches either exactly. Of two boxes, or
-a box and a capsule, the corners of each touch the other; edges that cross do not.
+a box and a capsule, the corners of each touch the other; edges that cross do not. Of two capsules it is the sphere of
+one, anywhere on its line, that is closest to the other.
 """
 
-from itertools import product
+from itertools import accumulate, product
 
 import numpy as np
 import torch
 
+from diffsim.dense import pattern
 from diffsim.mjcf import GEOM, can_touch, fixed_pairs, moves_freely, moving_pairs
-from diffsim.model import Group, Pairs
+from diffsim.model import Group, LinkPairs, Pairs
 from diffsim.spatial import Mat, Vec
 
 
-def fill_pairs(builder, groups: list[Group]):
-    """Give the groups their pairs. builder: the _Builder that made them."""
+def fill_pairs(builder, groups: list[Group]) -> LinkPairs | None:
+    """Give the groups their pairs. builder: the _Builder that made them.
+
+    If links touch links, returns all pairs of moving bodies instead, and leaves the groups those with the world.
+    """
     m, found = builder.m, {}
     place = {joint: (i, row) for i, g in enumerate(groups) for row, joint in enumerate(g.joints)} | {-1: (-1, 0)}
 
@@ -26,17 +31,39 @@ def fill_pairs(builder, groups: list[Group]):
     def last(geom):  # a world before a free body before links: the other body comes first
         return m.body_weldid[m.geom_bodyid[geom]] > 0 and not moves_freely(m, geom), link(geom)
 
-    for pair in moving_pairs(m) + fixed_pairs(m):
-        if not can_touch(m, *pair):
-            continue
+    moving, fixed = ([pair for pair in pairs if can_touch(m, *pair)] for pairs in (moving_pairs(m), fixed_pairs(m)))
+    joined = any(not moves_freely(m, a) and not moves_freely(m, b) for a, b in moving)
+    for pair in fixed if joined else moving + fixed:
         b, a = sorted(pair, key=last)
         (i, row), (other, _) = link(a), link(b)
-        is_sphere = [GEOM[m.geom_type[geom]] == "sphere" for geom in (a, b)]
-        for swapped in (False,) if is_sphere[0] else (True,) if is_sphere[1] else (False, True):
+        for swapped in _ways(m, a, b):
             links = found.setdefault((i, other, swapped), [[] for _ in groups[i].joints])
             links[row] += _rows(builder, *((b, a) if swapped else (a, b)), name=f"{_name(m, a)} on {_name(m, b)}")
     for (i, other, swapped), links in found.items():
-        groups[i].pairs.append(_table(builder, other, swapped, links))
+        groups[i].pairs.append(Pairs(other=other, swapped=swapped, **_table(builder, links)))
+    return _link_pairs(builder, groups, moving, link) if joined else None
+
+
+def _link_pairs(builder, groups: list[Group], pairs, link) -> LinkPairs:
+    m, first = builder.m, [0, *accumulate(len(g.joints) for g in groups)]
+    points, ends = [], []
+    for pair in pairs:
+        for swapped in _ways(m, *pair):
+            sphere, core = reversed(pair) if swapped else pair
+            rows = _rows(builder, sphere, core, name=f"{_name(m, sphere)} on {_name(m, core)}")
+            points += [[row] for row in rows]
+            ends += [tuple(first[i] + row for i, row in (link(sphere), link(core)))] * len(rows)
+    a, b = (torch.tensor(links, device=builder.device) for links in zip(*ends))
+    made = pattern(groups, ends, builder.device, builder.dtype)
+    return LinkPairs(a=a, b=b, pattern=made, **_table(builder, points))
+
+
+def _ways(m, a, b) -> tuple[bool, ...]:
+    """Whose spheres meet whose core: False: those of a, True: those of b."""
+    kinds = [GEOM[m.geom_type[geom]] for geom in (a, b)]
+    if kinds[0] == "sphere" or kinds == ["capsule", "capsule"]:
+        return (False,)
+    return (True,) if kinds[1] == "sphere" else (False, True)
 
 
 def _name(m, geom) -> str:
@@ -55,16 +82,19 @@ def _rows(builder, sphere, core, name) -> list[list]:
     """A row of numbers for each sphere of a geom, next to the core of another."""
     margin, k, damping, friction = builder.law(sphere, core)
     centre, axes, half, radius = _core(builder, sphere)
-    corners = np.unique([centre + axes @ (half * signs) for signs in product((-1, 1), repeat=3)], axis=0)
     core_centre, core_axes, core_half, core_radius = _core(builder, core)
+    corners, line = np.unique([centre + axes @ (half * s) for s in product((-1, 1), repeat=3)], axis=0), np.zeros(3)
+    if all(GEOM[builder.m.geom_type[geom]] == "capsule" for geom in (sphere, core)):
+        corners, line = [centre], axes @ half
     reach = radius + margin + core_radius
-    geometry = [*core_centre, *core_axes.T.flat, *core_half]
+    geometry = [*core_centre, *core_axes.T.flat, *core_half, *line]
     return [[name, *x, *geometry, radius + margin, reach, k, damping, friction] for x in corners]
 
 
-def _table(builder, other: int, swapped: bool, links: list[list]) -> Pairs:
+def _table(builder, links: list[list]) -> dict:
+    """What of model.Touching the rows of each link say."""
     p, n = max(map(len, links)), len(links)
-    index, table = [[-1] * n for _ in range(p)], np.zeros((p, n, 23))
+    index, table = [[-1] * n for _ in range(p)], np.zeros((p, n, 26))
     table[:, :, [6, 10, 14]] = 1.0
     for row, rows in enumerate(links):
         for i, (name, *numbers) in enumerate(rows):
@@ -72,7 +102,15 @@ def _table(builder, other: int, swapped: bool, links: list[list]) -> Pairs:
             index[i][row] = len(builder.contact_names)
             builder.contact_names.append(name)
     columns = [c.unsqueeze(-1) for c in torch.tensor(table, device=builder.device, dtype=builder.dtype).unbind(-1)]
-    point, core, *axes, half = (Vec(*columns[c : c + 3]) for c in range(0, 18, 3))
+    point, core, *axes, half, line = (Vec(*columns[c : c + 3]) for c in range(0, 21, 3))
     turned = abs(table[:, :, 6:15] - np.eye(3).flatten()).max() > 1e-12
-    core = core if table[:, :, 3:6].any() else None
-    return Pairs(other, swapped, point, core, Mat(*axes) if turned else None, half, *columns[18:], index)
+    numbers = dict(zip(("radius", "reach", "k", "damping", "friction"), columns[21:]))
+    return dict(
+        point=point,
+        line=line if table[:, :, 18:21].any() else None,
+        core=core if table[:, :, 3:6].any() else None,
+        axes=Mat(*axes) if turned else None,
+        half=half,
+        index=index,
+        **numbers,
+    )

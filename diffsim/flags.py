@@ -54,7 +54,7 @@ class RunArgs:
     device: str = "cpu"
     """cpu or cuda"""
     compile: bool = True
-    """compile physics and RP-PGM's updates (once for a robot, num_envs and softness, a minute or two, then cached)"""
+    """compile physics (once for a robot and softness, some ten seconds, then kept) and RP-PGM's updates (a minute)"""
     num_threads: Threads = 1
     """threads of torch; the same number gives the same bits"""
     eval_every: Natural = 500_000

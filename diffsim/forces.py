@@ -17,7 +17,7 @@ from torch import Tensor
 from diffsim.contact import friction_weight, normal_law
 from diffsim.kinematics import Frame, Grouped, bias_accelerations, twists
 from diffsim.model import Group, Model, Softness
-from diffsim.pairs import PairTerms, pair_terms
+from diffsim.pairs import PairTerms, at_ends, link_terms, pair_terms
 from diffsim.spatial import Spatial, Sym, Vec
 
 
@@ -77,6 +77,13 @@ class Terms(NamedTuple):
         """Impulses on the links that act on no other, about the origin."""
         parts = [part.impulse() for part in (self.body, self.contact) if part is not None]
         return parts[0] + parts[1] if len(parts) == 2 else parts[0] if parts else None
+
+
+class Equation(NamedTuple):
+    """A x = b."""
+
+    groups: list[Terms]
+    links: PairTerms | None  # contacts between links
 
 
 def body_terms(g: Group, frame: Frame, vel: Spatial, acc: Spatial, h: float) -> BodyTerms:
@@ -149,7 +156,7 @@ def limit_terms(g: Group, q: Tensor, v: Tensor, softness: Softness, h: float) ->
     return w_low + w_high, j_low - j_high
 
 
-def assemble(model: Model, frames: list[Frame], q: Grouped, v: Grouped, tau: Grouped, h: float) -> list[Terms]:
+def assemble(model: Model, frames: list[Frame], q: Grouped, v: Grouped, tau: Grouped, h: float) -> Equation:
     """Everything of A and b, group by group, at a state and under applied joint forces tau."""
     velocities = twists(model, frames, v)
     accelerations = bias_accelerations(model, frames, v, velocities)
@@ -159,28 +166,44 @@ def assemble(model: Model, frames: list[Frame], q: Grouped, v: Grouped, tau: Gro
         contact = contact_terms(g, frames[i], velocities[i], model.softness, h) if g.contacts else None
         pairs = [pair_terms(p, i, frames, velocities, model.softness, h) for p in g.pairs]
         terms.append(Terms(body, contact, joint_terms(g, q[i], v[i], tau[i], model.softness, h), pairs))
-    return terms
+    return Equation(terms, link_terms(model, frames, velocities, h) if model.links else None)
 
 
-def impulses(model: Model, terms: list[Terms]) -> list[Spatial | None]:
+def impulses(model: Model, equation: Equation) -> list[Spatial | None]:
     """All impulses on the links of each group, about their origins."""
+    terms, links = equation
     found = [t.impulse() for t in terms]
+
+    def add(i, impulse):
+        found[i] = impulse if found[i] is None else found[i] + impulse
+
     for i, g in enumerate(model.groups):
         for pairs, t in zip(g.pairs, terms[i].pairs):
             on_links = t.impulse()
-            found[i] = on_links if found[i] is None else found[i] + on_links
+            add(i, on_links)
             if pairs.other >= 0:
-                opposite = Spatial(on_links.ang - t.to_other().cross(on_links.lin), on_links.lin)
-                found[pairs.other] = found[pairs.other] - opposite.map(lambda x: x.sum(0, keepdim=True))
+                found[pairs.other] = found[pairs.other] - t.on_other(on_links).map(lambda x: x.sum(0, keepdim=True))
+    if links is not None:
+        on_a, (a, b), total = links.impulse(), (model.links.a, model.links.b), []
+        on_b = links.on_other(on_a)
+        for x, y in zip((*on_a.ang, *on_a.lin), (*on_b.ang, *on_b.lin)):
+            zero = x.new_zeros(sum(len(g.joints) for g in model.groups), x.shape[1])
+            total.append(zero.index_put((a,), x, accumulate=True).index_put((b,), -y, accumulate=True))
+        first = 0
+        for i, g in enumerate(model.groups):
+            own = [t[first : first + len(g.joints)] for t in total]
+            add(i, Spatial(Vec(*own[:3]), Vec(*own[3:])))
+            first += len(g.joints)
     return found
 
 
-def residual(model: Model, frames: list[Frame], terms: list[Terms], x: Grouped, lam: Grouped) -> Tensor:
+def residual(model: Model, frames: list[Frame], equation: Equation, x: Grouped, lam: Grouped) -> Tensor:
     """lam . (b - A x), summed over the batch: what the adjoint method differentiates.
 
     With J x the velocities under x and J lam those under lam, it is a sum of J lam . (impulse - inertia J x).
     """
     total = 0.0
+    terms, links = equation
     moved = list(zip(twists(model, frames, x), twists(model, frames, lam)))
     everything = zip(model.groups, terms, moved, x, lam)
     for i, (g, (body, contact, joint, pairs), (vel_x, vel_lam), x_g, lam_g) in enumerate(everything):
@@ -196,4 +219,9 @@ def residual(model: Model, frames: list[Frame], terms: list[Terms], x: Grouped, 
             total = total + t.residual(*(t.relative(a, b) for a, b in zip(moved[i], others))).sum()
         for d, j, x_i, lam_i in zip(*joint, x_g, lam_g):
             total = total + (lam_i * (j - d * x_i)).sum()
+    if links is not None:
+        parts = [[*a.ang, *a.lin, *b.ang, *b.lin] for a, b in moved]
+        velocities = at_ends(model, parts, [a for a, _ in moved])
+        of_x, of_lam = ([Spatial(Vec(*t[c : c + 3]), Vec(*t[c + 3 : c + 6])) for t in velocities] for c in (0, 6))
+        total = total + links.residual(links.relative(*of_x), links.relative(*of_lam)).sum()
     return total

@@ -220,7 +220,7 @@ def _check_contacts(m, no, collisions):
                 no(f"contact with the fixed {label(m, 'geom', fixed)}", "only planes; or set contype=conaffinity=0")
             if not can_touch(m, moving, fixed):
                 what = " and ".join(f"{label(m, 'geom', i)} ({GEOM[m.geom_type[i]]})" for i in (moving, fixed))
-                no(f"contact of {what}", "use sphere, capsule and box, not two capsules")
+                no(f"contact of {what}", "use sphere, capsule or box")
             continue
         if data.geom_xmat[fixed, 8] < 1 - 1e-12:  # its normal's height
             no(f"the tilted plane {label(m, 'geom', fixed)}", "keep it level and tilt gravity")
@@ -273,7 +273,5 @@ def moves_freely(m, geom) -> bool:
 
 
 def can_touch(m, a, b) -> bool:
-    """Whether diffsim simulates the contact of two geoms with collisions: one is free or fixed, and see pairs.py."""
-    kinds = {GEOM[m.geom_type[geom]] for geom in (a, b)}
-    alone = any(m.body_weldid[m.geom_bodyid[geom]] == 0 or moves_freely(m, geom) for geom in (a, b))
-    return alone and kinds <= {"sphere", "capsule", "box"} and kinds != {"capsule"}
+    """Whether diffsim simulates the contact of two geoms with collisions: pairs.py."""
+    return {GEOM[m.geom_type[geom]] for geom in (a, b)} <= {"sphere", "capsule", "box"}

@@ -8,12 +8,16 @@ wide. Every tensor below has one row per joint of a group, `(n, 1)`, and broadca
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import mujoco
 import torch
 from torch import Tensor
 
 from diffsim.spatial import Mat, Sym, Vec
+
+if TYPE_CHECKING:
+    from diffsim.dense import Pattern
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,16 @@ class Contacts:
     index: list[list[int]]  # [p][n] -> place in model.contact_names, or -1
 
 
-@dataclass
-class Pairs:
-    """Spheres of one body that can meet cores of another, (p, n, 1): up to p pairs for each of a group's n links.
+@dataclass(kw_only=True)
+class Touching:
+    """Spheres of one body that can meet cores of another, (p, n, 1).
 
     A core is a box of half sizes `half` (a line for a capsule, a point for a sphere); a geom is what lies within its
     radius of its core. So a box has round edges, and the normal of a contact is continuous.
     """
 
-    other: int  # group of the other body, which is free and has no links; -1: the world
-    swapped: bool  # the spheres are the other's, the cores the links'
     point: Vec  # centre of the sphere, in its link's frame
+    line: Vec | None  # of a capsule that meets a capsule: half its core, on which the sphere slides; None: no such
     core: Vec | None  # centre of the core, in its link's frame; None: its origin
     axes: Mat | None  # of the core; None: the link's
     half: Vec
@@ -78,6 +81,23 @@ class Pairs:
     damping: Tensor  # s/m, Hunt-Crossley
     friction: Tensor
     index: list[list[int]]  # [p][n] -> place in model.contact_names, or -1
+
+
+@dataclass(kw_only=True)
+class Pairs(Touching):
+    """Up to p pairs for each of a group's n links, with one body that is not a link."""
+
+    other: int  # group of the other body, which is free and has no links; -1: the world
+    swapped: bool  # the spheres are the other's, the cores the links'
+
+
+@dataclass(kw_only=True)
+class LinkPairs(Touching):
+    """All pairs of moving bodies where links touch links, (1, n, 1): the spheres are on a, the cores on b."""
+
+    a: Tensor  # (n,) links, counted through the groups
+    b: Tensor
+    pattern: "Pattern"  # of the matrix A that they make (dense.py)
 
 
 @dataclass
@@ -124,6 +144,7 @@ class Model:
 
     mj_model: mujoco.MjModel
     groups: list[Group]
+    links: LinkPairs | None  # None: no link touches another, and free bodies are in the groups' pairs
     gear: Tensor  # (nv, nu): generalised force of a unit control, N m or N
     bias: Tensor  # (nv, 1): force of the actuators at zero control, position and velocity
     ctrl_low: Tensor  # (nu, 1)
@@ -163,4 +184,5 @@ class Model:
 
     def without_contacts(self) -> "Model":
         """The same robot with nothing to touch."""
-        return replace(self, groups=[replace(g, contacts=None, pairs=[]) for g in self.groups], contact_names=[])
+        groups = [replace(g, contacts=None, pairs=[]) for g in self.groups]
+        return replace(self, groups=groups, links=None, contact_names=[])

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from diffsim.contact import friction_weight, normal_law
 from diffsim.kinematics import Frame
-from diffsim.model import Pairs, Softness
+from diffsim.model import Model, Pairs, Softness, Touching
 from diffsim.spatial import Inertia, Mat, Spatial, Sym, Vec
+
+PARALLEL = 0.01  # of two capsules: within about 6 degrees the contact goes from one end to the other
 
 
 class PairTerms(NamedTuple):
@@ -51,6 +53,10 @@ class PairTerms(NamedTuple):
         lin = self.normal * self.j_n
         return Spatial(self.pos.cross(lin), lin).map(lambda t: t.sum(0))
 
+    def on_other(self, impulse: Spatial) -> Spatial:
+        """It about b's origin; b has the opposite."""
+        return Spatial(impulse.ang - self.to_other().cross(impulse.lin), impulse.lin)
+
     def inertia(self) -> Inertia:
         """N of all points of a link, about a's origin: (n, B)."""
         r, n, w = self.pos, self.normal, self.w_t
@@ -78,33 +84,80 @@ def pair_terms(
     pairs: Pairs, i: int, frames: list[Frame], twists: list[Spatial], softness: Softness, h: float
 ) -> PairTerms:
     """The law where every sphere of these pairs of group i is closest to its core."""
+    a, b = ((*frames[k][:3], twists[k]) if k >= 0 else None for k in (i, pairs.other))
+    return _touch(pairs, a, b, pairs.swapped, softness, h)
 
-    def of(k):
-        return (x.map(lambda t: t.expand(*pairs.k.shape[:2], -1)) for x in (*frames[k][:3], twists[k]))
 
-    pos, rot, origin, a_vel = of(i)
-    if pairs.other < 0:
+def link_terms(model: Model, frames: list[Frame], twists: list[Spatial], h: float) -> PairTerms:
+    """The same of contacts between links, (1, n, B)."""
+    parts = [(*f.pos, *f.rot.a, *f.rot.b, *f.rot.c, *f.origin, *t.ang, *t.lin) for f, t in zip(frames, twists)]
+    ends = []
+    for x in at_ends(model, parts, twists):
+        pos, *rot, origin, ang, lin = (Vec(*x[c : c + 3]) for c in range(0, 21, 3))
+        if model.links.pattern.shift is None:  # all origins are one
+            origin = origin.map(torch.zeros_like)
+        ends.append((pos, Mat(*rot), origin, Spatial(ang, lin)))
+    return _touch(model.links, *ends, False, model.softness, h)
+
+
+def at_ends(model: Model, parts: list, twists: list[Spatial]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of the links of every group, as contacts between links see them, (n, B): those of a, those of b."""
+    all_links = of_links(parts, [torch.zeros_like(t.lin.x) for t in twists])
+    return [t[model.links.a] for t in all_links], [t[model.links.b] for t in all_links]
+
+
+def of_links(parts: list, zeros: list[Tensor]) -> list[Tensor]:
+    """(links, B) of the tensors (n, B), (n, 1) or (1, B) of every group; zeros: (n, B) of every group."""
+    return [torch.cat([t + zero for t, zero in zip(x, zeros)]) for x in zip(*parts)]
+
+
+def _touch(pairs: Touching, a: tuple, b: tuple | None, swapped: bool, softness: Softness, h: float) -> PairTerms:
+    """a, b: position, rotation, origin and twist of the links; b: None for the world."""
+
+    def of(link):
+        return (x.map(lambda t: t.expand(*pairs.k.shape[:2], -1)) for x in link)
+
+    pos, rot, origin, a_vel = of(a)
+    if b is None:
         b_pos, b_rot, b_vel, shift = -origin, None, None, -origin
     else:
-        b_pos, b_rot, b_origin, b_vel = of(pairs.other)
+        b_pos, b_rot, b_origin, b_vel = of(b)
         shift = b_origin - origin
         b_pos = b_pos + shift  # about a's origin, as all that follows
-    (s_pos, s_rot), (c_pos, c_rot) = ((b_pos, b_rot), (pos, rot)) if pairs.swapped else ((pos, rot), (b_pos, b_rot))
+    (s_pos, s_rot), (c_pos, c_rot) = ((b_pos, b_rot), (pos, rot)) if swapped else ((pos, rot), (b_pos, b_rot))
     centre = s_pos + _turn(s_rot, pairs.point)
     core = c_pos if pairs.core is None else c_pos + _turn(c_rot, pairs.core)
     axes = c_rot if pairs.axes is None else pairs.axes if c_rot is None else c_rot @ pairs.axes
     away = centre - core if axes is None else axes.transpose_times(centre - core)
+    if pairs.line is not None:
+        line = _turn(s_rot, pairs.line)
+        along = line if axes is None else axes.transpose_times(line)
+        s = _closest(away, along, pairs.half.z)
+        centre, away = centre + line * s, away + along * s
     d = Vec(*(x - torch.clamp(x, -half, half) for x, half in zip(away, pairs.half)))  # from the core's closest point
     dist = torch.sqrt(d.dot(d) + 1e-12)
     normal = _turn(axes, d) * (1.0 / dist)
     point = centre - normal * pairs.radius
-    normal = -normal if pairs.swapped else normal
+    normal = -normal if swapped else normal
     u = _relative(a_vel, b_vel, point, shift)
     u_n = normal.dot(u)
     slide, gap = u - normal * u_n, dist - pairs.reach
     f_n, w_n, j_n = normal_law(gap, u_n, pairs.k, pairs.damping, softness.contact_width, h)
     w_t = friction_weight(f_n, slide.dot(slide), pairs.friction, softness.slip, h)
     return PairTerms(gap, point, shift, normal, slide, f_n, w_t, w_n, j_n)
+
+
+def _closest(c: Vec, e: Vec, half: Tensor) -> Tensor:
+    """s in [-1, 1] where c + s e is closest to the line from -half to half on the z axis; 0 where e is.
+
+    min over s, t of |c + s e - t z|^2 + PARALLEL |s e|^2. The last term lets s be continuous where the lines turn
+    parallel. If t, left free, gets out of its bounds, it is on one, so three steps are exact (Ericson, Real-Time
+    Collision Detection, 5.1.9).
+    """
+    square, one = e.dot(e) + 1e-12, torch.ones_like(half)
+    s = torch.clamp(-(c.x * e.x + c.y * e.y) / (e.x * e.x + e.y * e.y + PARALLEL * square), -one, one)
+    t = torch.clamp(c.z + s * e.z, -half, half)
+    return torch.clamp((t * e.z - c.dot(e)) / ((1 + PARALLEL) * square), -one, one)
 
 
 def _turn(rot: Mat | None, v: Vec) -> Vec:

@@ -1,15 +1,14 @@
-"""diffsim's physics for a fixed batch: compiled ahead of time once, kept on disk, loaded in milliseconds.
+"""diffsim's physics: the step of a robot, compiled once, kept on disk, loaded in milliseconds.
 
-The two functions of a substep (forward, adjoint) are traced to graphs of elementwise operations and compiled by
-TorchInductor into one small library each, at the same time, in a child process each. Where the C++ compiler is missing
-or fails they run eagerly, slower by an order of magnitude, and say so once.
+codegen.py writes it as C++, of which the compiler here makes a library, or CUDA for PyTorch's own compiler, NVRTC. It
+serves any number of environments. Where the compiler is missing or fails the step runs eagerly, tens of times slower,
+and says so once.
 
-In the cache a robot, precision, thread count and batch have a folder; while it is made it ends in .build, holds all
-temporary files, and its .lock is held. A build that was killed has let go of its lock: the next process removes it.
+In the cache a robot and precision have a folder; while it is made it ends in .build, holds all temporary files, and its
+.lock is held. A build that was killed has let go of its lock: the next process removes it.
 """
 
-import ast
-import gc
+import ctypes
 import hashlib
 import os
 import shutil
@@ -19,7 +18,6 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import astuple
 from pathlib import Path
 
 import mujoco
@@ -27,34 +25,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsim.builder import build_model
-from diffsim.dynamics import Step, actuator_force, backward_substep, forward_substep
-from diffsim.model import Model, Softness
+from diffsim.codegen import generate
+from diffsim.dynamics import Eager, Step
+from diffsim.model import Model
 
-# Thousands of scalar operations, each used a few times: keep every value instead of recomputing it in each user,
-# fuse them into few large loops, and do not search for patterns that are not there. Halves the time to compile.
-INDUCTOR = {
-    "realize_reads_threshold": 1,
-    "max_fusion_size": 256,
-    "max_fusion_buffer_group_pairwise_attempts": 4,
-    "loop_ordering_after_fusion": False,
-    "pattern_matcher": False,
-    "cpp.enable_tiling_heuristics": False,
-    "aot_inductor.compile_wrapper_opt_level": "O0",
-    "aot_inductor.precompile_headers": False,  # they take longer than two libraries can save
-}
-
-KINDS = ("forward", "backward")
 SOURCES = (  # of the step
-    "spatial", "contact", "kinematics", "forces", "pairs", "articulated", "dynamics", "model", "builder", "collisions",
-    "mjcf", "physics",
+    "spatial.py", "contact.py", "kinematics.py", "forces.py", "pairs.py", "articulated.py", "dense.py", "dynamics.py",
+    "model.py", "builder.py", "collisions.py", "mjcf.py", "physics.py", "codegen.py", "step.cpp",
 )  # fmt: skip
+SOURCE = hashlib.sha256()  # as imported: a file may be edited while this process runs
+for name in SOURCES:
+    SOURCE.update((Path(__file__).parent / name).read_bytes())
+KINDS = ("forward", "backward")
 UNCOMPILED: set[Path] = set()  # what this process could not compile
-STEPS = ("writing out its equations", "turning them into loops", "compiling the C++")
-CHILD = """import os, signal, sys, threading  # ends with its parent, even while torch is imported
-threading.Thread(target=lambda: sys.stdin.read() or os.killpg(0, signal.SIGKILL), daemon=True).start()
-from diffsim.physics import _child
-_child(*sys.argv[1:])"""
+STEPS = ("writing out its equations", "compiling them")
+# Vector registers in bytes, and the compiler's flags, by what PyTorch found in this processor.
+VECTORS = {"AVX512": (64, "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma"), "AVX2": (32, "-mavx2 -mfma -mf16c")}
 
 
 class CacheError(ValueError):
@@ -64,23 +50,51 @@ class CacheError(ValueError):
 class DiffsimPhysics:
     """`step` holds a control for `substeps` of `model.timestep`; differentiable."""
 
-    def __init__(self, model: Model, substeps: int, num_envs: int, compile: bool = True):
+    def __init__(self, model: Model, substeps: int, compile: bool = True):
         self.model, self.substeps = model, substeps
-
-        def forward(q, v, f):
-            return forward_substep(model, q, v, f)
-
-        def backward(*args):
-            return backward_substep(model, *args)
-
-        self.forward, self.backward = forward, backward
-        if compile and (compiled := load_or_build(model, num_envs)):
-            self.forward, self.backward = compiled
+        self.engine = (load_or_build(model) if compile else None) or Eager(model)
 
     def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
         """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`."""
-        qfrc = actuator_force(self.model, ctrl)
-        return Step.apply(qpos, qvel, qfrc, self.forward, self.backward, self.substeps)
+        return Step.apply(qpos, qvel, ctrl, self.engine, self.substeps)
+
+
+class Compiled:
+    """`Eager`'s two functions, from a folder of the cache."""
+
+    def __init__(self, model: Model, folder: Path):
+        self.model = model
+        if model.device.type == "cuda":
+            from torch.cuda._utils import _cuda_load_module
+
+            self.kernels = {}
+            for kind in KINDS:
+                name = (folder / f"{kind}.name").read_text()
+                with torch.cuda.device(model.device):
+                    self.kernels[kind] = _cuda_load_module((folder / f"{kind}.cubin").read_bytes(), [name])[name]
+        else:
+            self.library = ctypes.CDLL(str(folder / "step.so"))
+
+    def _run(self, kind: str, arrays: list[Tensor], substeps: int, batch: int):
+        if self.model.device.type == "cuda":
+            with torch.cuda.device(self.model.device):
+                self.kernels[kind]((-(-batch // 64), 1, 1), (64, 1, 1), [*arrays, substeps, batch])
+        else:
+            pointers = (ctypes.c_void_p(x.data_ptr()) for x in arrays)
+            getattr(self.library, kind)(*pointers, ctypes.c_int(substeps), ctypes.c_int(batch))
+
+    def forward(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor, substeps: int):
+        m, batch = self.model, qpos.shape[1]
+        inputs = [x.contiguous() for x in (qpos, qvel, ctrl)]
+        outputs = [qpos.new_empty(*shape, batch) for shape in ((substeps, m.nq + m.nv), (m.nq,), (m.nv,))]
+        self._run("forward", [*inputs, *outputs], substeps, batch)
+        return outputs
+
+    def backward(self, states: Tensor, *inputs: Tensor):
+        inputs = [x.contiguous() for x in inputs]
+        outputs = [states.new_empty(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nu)]
+        self._run("backward", [states, *inputs, *outputs], len(states), states.shape[2])
+        return outputs
 
 
 def cache_dir() -> Path:
@@ -105,42 +119,40 @@ def cannot_keep(path: Path, error: Exception) -> CacheError:
     return CacheError(f"{where}; set DIFFSIM_CACHE to another folder, or use --no-compile")
 
 
-def load_or_build(model: Model, num_envs: int):
-    """The compiled forward and backward substep for this robot, batch, precision, device and thread count.
+def load_or_build(model: Model) -> Compiled | None:
+    """The compiled step of this robot, in its precision and on its device.
 
-    None, with a warning, where they cannot be compiled. Raises CacheError, one line, where they cannot be kept.
+    None, with a warning, where it cannot be compiled. Raises CacheError, one line, where it cannot be kept.
     """
-    entry = cache_dir() / f"{_key(model)}-{num_envs}"
+    entry = cache_dir() / _key(model)
     if entry in UNCOMPILED:
         return None
     try:
         for folder in entry.parent.glob("*.build"):
             with suppress(OSError), _locked(folder, wait=False):
                 shutil.rmtree(folder)
-        if functions := _load(entry, model.device):
-            return functions
+        if engine := _load(model, entry):
+            return engine
         with _locked(entry):
-            if functions := _load(entry, model.device):  # another process has built it meanwhile
-                return functions
-            if error := compiler_error() or _build(model, num_envs, entry):
+            if engine := _load(model, entry):  # another process has built it meanwhile
+                return engine
+            if error := (model.device.type == "cpu" and compiler_error()) or _build(model, entry):
                 UNCOMPILED.add(entry)
-                slow = "physics runs uncompiled, about ten times slower"
+                slow = "physics runs uncompiled, tens of times slower"
                 warnings.warn(f"{error}: {slow} (--no-compile silences this)", stacklevel=3)
                 return None
-            return _load(entry, model.device)
+            return _load(model, entry)
     except (OSError, RuntimeError) as e:
         raise cannot_keep(entry.parent, e) from None
 
 
-def compiled_batches(model: Model) -> list[int]:
-    """Numbers of environments for which this robot's step is compiled and kept already, ascending."""
-    key = _key(model)
-    return sorted(int(p.name.removeprefix(f"{key}-")) for p in cache_dir().glob(f"{key}-*") if not p.suffix)
+def _compiler() -> str:
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def compiler_error() -> str | None:
     """What is wrong with the C++ compiler, in one line."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = _compiler()
     if not shutil.which(compiler):
         return f"no C++ compiler ({compiler})"
     command = [compiler, "-x", "c++", "-", "-fsyntax-only"]
@@ -176,143 +188,130 @@ def _locked(folder: Path, wait: bool = True):
         yield
 
 
-def _build(model: Model, num_envs: int, entry: Path) -> str | None:
-    """Compile both functions into the folder `entry`; returns what went wrong, in one line. Its lock is held."""
-    work = entry.with_suffix(".build")
+def _build(model: Model, entry: Path) -> str | None:
+    """Compile the step into the folder `entry`; returns what went wrong, in one line. Its lock is held."""
+    work, cuda = entry.with_suffix(".build"), model.device.type == "cuda"
     temporary, start = work / "temporary", time.time()
-    print(f"compiling the physics for {num_envs} environments, once: one to three minutes", file=sys.stderr, flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment |= dict.fromkeys(("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"), str(temporary))
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    arguments = [
-        repr(astuple(model.softness)),
-        str(model.device),
-        str(model.dtype),
-        repr(model.collisions),
-        str(num_envs),
-    ]
-    children: list[subprocess.Popen] = []
+
+    def report(step: int):
+        print(f"step {step + 1} of {len(STEPS)}: {STEPS[step]}", file=sys.stderr, flush=True)
+
+    print("compiling the physics of this robot, once: some ten seconds", file=sys.stderr, flush=True)
     try:
         temporary.mkdir(parents=True)
-        (temporary / "model.mjb").write_bytes(_binary(model))
-        for kind in KINDS:
-            command = [sys.executable, "-W", "ignore", "-c", CHILD, str(work / kind), *arguments]
-            with open(temporary / f"{kind}.log", "w") as log:
-                how = dict(stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)  # Ctrl-C is ours
-                children.append(subprocess.Popen(command, env=environment, **how))
-        _report(work, children)
-        for kind, child in zip(KINDS, children):
-            if child.wait():
-                said = (temporary / f"{kind}.log").read_text(errors="replace")
-                return f"compiling the physics failed{_reason(child, said)}"
+        report(0)
+        try:
+            files = generate(model, cuda)
+        except NotImplementedError as e:
+            return f"compiling the physics failed ({e})"
+        report(1)
+        if error := _compile_cuda(files[0], model, work) if cuda else _compile(files, temporary, work):
+            return f"compiling the physics failed{error}"
         shutil.rmtree(temporary)
+        (work / "sha256").write_text(_digest(work))
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
         os.replace(work, entry)
-        entry.with_suffix(".lock").unlink()  # who waits for it finds the functions
+        entry.with_suffix(".lock").unlink()  # who waits for it finds the folder
     finally:
-        for child in children:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
         shutil.rmtree(work, ignore_errors=True)
     print(f"compiled in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     return None
 
 
-def _report(work: Path, children: list[subprocess.Popen]):
-    """Wait until the children have ended, or one has failed, and say what they have come to."""
-    reached = 0
-    while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
-        traced = all((work / kind).exists() for kind in KINDS)
-        generated = sum(1 for _ in (work / "temporary").rglob("*.kernel.cpp")) == len(KINDS)
-        for step in range(reached, 1 + traced + generated):
-            print(f"step {step + 1} of {len(STEPS)}: {STEPS[step]}", file=sys.stderr, flush=True)
-        reached = max(reached, 1 + traced + generated)
-        time.sleep(0.2)
+def _compile(files: list[str], temporary: Path, work: Path) -> str | None:
+    """A library of C++ files, as many at a time as there are cores; returns the compiler's complaint, in brackets."""
+    capability, root = torch.backends.cpu.get_cpu_capability(), Path(torch.__file__).parent
+    size, flags = VECTORS.get(capability, (32, ""))
+    capability = capability if flags else "DEFAULT"
+    double = "typedef double T" in files[0]
+    command = [
+        _compiler(),
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-w",
+        *flags.split(),
+        f"-DLANES={size // (8 if double else 4)}",
+    ]
+    command += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", "-I", str(root / "include")]
+    names, waiting, running = [temporary / f"{i}.cpp" for i in range(len(files))], [], []
+    for name, text in zip(names, files):
+        name.write_text(text)
+        waiting.append([*command, "-c", str(name), "-o", str(name.with_suffix(".o"))])
+    link = [_compiler(), "-shared", *(str(x.with_suffix(".o")) for x in names), "-o", str(work / "step.so")]
+    link += ["-L", str(root / "lib"), "-ltorch_cpu", "-lc10"]
+
+    def begin(command):
+        with open(temporary / "log", "ab") as log:
+            how = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(temporary)})
+            running.append(subprocess.Popen(command, start_new_session=True, **how))  # Ctrl-C is ours
+
+    try:
+        waiting.reverse()  # the longest first: the last one, with PyTorch's headers
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                begin(waiting.pop(0))
+            for process in [x for x in running if x.poll() is not None]:
+                if process.returncode:
+                    return _reason(process, (temporary / "log").read_text(errors="replace"))
+                running.remove(process)
+            time.sleep(0.01)
+            if link and not waiting and not running:
+                waiting, link = [link], None
+    finally:
+        for process in running:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return None
 
 
-def _load(entry: Path, device: torch.device):
-    """The functions in a folder: tensors in, tensors out, no graph. None if there are none, or damaged ones."""
+def _compile_cuda(file: str, model: Model, work: Path) -> str | None:
+    """The kernels of a CUDA file, by the compiler that comes with PyTorch."""
+    from torch.cuda._utils import _nvrtc_compile
+
+    for kind in KINDS:
+        try:
+            with torch.cuda.device(model.device):
+                binary, name = _nvrtc_compile(file, kind)
+        except (RuntimeError, OSError) as e:
+            return f" ({str(e).strip().splitlines()[-1][:160]})"
+        (work / f"{kind}.cubin").write_bytes(binary)
+        (work / f"{kind}.name").write_text(name)
+    return None
+
+
+def _load(model: Model, entry: Path) -> Compiled | None:
+    """The step in a folder. None if there is none, or a damaged one."""
     if not entry.exists():
         return None
     try:
-        if any(_digest(entry / kind) != (entry / f"{kind}.sha256").read_text() for kind in KINDS):
+        if _digest(entry) != (entry / "sha256").read_text():
             raise ValueError
     except (OSError, ValueError):
         print(f"{entry} is damaged: compiled again", file=sys.stderr, flush=True)
         return None
-    return [_function(entry / kind, device) for kind in KINDS]
-
-
-def _function(folder: Path, device: torch.device):
-    """Of the library in a folder, which is not copied to the temporary folder, as that of a package would be."""
-    library = str(folder / "step.so")
-    if device.type == "cuda":
-        run = torch._C._aoti.AOTIModelContainerRunnerCuda(library, 1, str(device), str(folder)).run
-    else:
-        run = torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1).run
-    return lambda *inputs: run([x.contiguous() for x in inputs])
+    return Compiled(model, entry)
 
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    for file in sorted(x for x in folder.iterdir() if x.name != "sha256"):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _binary(model: Model) -> bytes:
-    buffer = np.empty(mujoco.mj_sizeModel(model.mj_model), np.uint8)
-    mujoco.mj_saveModel(model.mj_model, None, buffer)
-    return buffer.tobytes()
-
-
 def _key(model: Model) -> str:
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        if source.stem in SOURCES:
-            digest.update(source.read_bytes())
-    digest.update(_binary(model))
-    what = (model.softness, model.collisions, model.device.type, model.dtype)
-    what += (torch.get_num_threads(), torch.__version__)
-    digest.update(repr((what, torch.backends.cpu.get_cpu_capability(), mujoco.__version__)).encode())
+    digest = SOURCE.copy()
+    binary = np.empty(mujoco.mj_sizeModel(model.mj_model), np.uint8)
+    mujoco.mj_saveModel(model.mj_model, None, binary)
+    digest.update(binary.tobytes())
+    device, on = model.device.type, torch.backends.cpu.get_cpu_capability()
+    if device == "cuda" and torch.cuda.is_available():
+        on = torch.cuda.get_device_capability(model.device)  # all GPUs of a kind share an entry
+    what = (model.softness, model.collisions, device, on, model.dtype, torch.__version__, mujoco.__version__)
+    digest.update(repr(what).encode())
     return digest.hexdigest()[:20]
-
-
-# --- in a child process -------------------------------------------------------------------------------------------
-def _compile(model: Model, num_envs: int, folder: Path):
-    """Trace and compile the function that the folder is named after, and leave the library there."""
-    import torch._inductor
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def zeros(rows):
-        return torch.zeros(rows, num_envs, device=model.device, dtype=model.dtype)
-
-    function = {"forward": forward_substep, "backward": backward_substep}[folder.name]
-    inputs = [zeros(rows) for rows in (model.nq, model.nv, model.nv)]
-    if folder.name == "backward":
-        inputs += [zeros(rows) for rows in (model.nv, model.nq, model.nv)]
-    gc.disable()  # half a million small objects that all live until the end
-    graph = make_fx(lambda *x: function(model, *x))(*inputs)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    for node in graph.graph.nodes:  # shapes as traced; the compiler infers its own
-        node.meta.clear()
-    folder.mkdir()  # says that the function is traced
-    for file in torch._inductor.aot_compile(graph, tuple(inputs), options={**INDUCTOR, "aot_inductor.package": True}):
-        if isinstance(file, str) and not file.endswith((".cpp", ".json")):  # on a GPU there are its kernels, too
-            shutil.copy(file, folder / ("step.so" if file.endswith(".so") else Path(file).name))
-    folder.with_suffix(".sha256").write_text(_digest(folder))
-
-
-def _child(folder, softness, device, dtype, collisions, num_envs):
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    mj_model = mujoco.MjModel.from_binary_path(str(Path(folder).parent / "temporary" / "model.mjb"))
-    dtype = getattr(torch, dtype.removeprefix("torch."))
-    model = build_model(mj_model, Softness(*ast.literal_eval(softness)), device, dtype, collisions == "True")
-    _compile(model, int(num_envs), Path(folder))

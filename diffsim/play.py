@@ -18,8 +18,7 @@ from diffsim.builder import without_margins
 from diffsim.dynamics import contact_points
 from diffsim.flags import Bound, Seed, check_bounds, cli
 from diffsim.gymnasium_env import GymnasiumEnv
-from diffsim.mujoco_physics import MujocoPhysics
-from diffsim.physics import CacheError, compiled_batches
+from diffsim.physics import CacheError
 from diffsim.policy import read_policy
 from diffsim.program import printable, start
 from diffsim.render import check_path, render
@@ -49,14 +48,12 @@ def load_policy(path) -> tuple[torch.nn.Module, str]:
 
 
 def playback_env(name: str, episodes: int, physics: str | None = None):
-    """Environments for at least that many episodes: a batch that is compiled already (training left one), or eager."""
+    """An environment for each episode, with compiled physics where episodes are long enough for that to pay."""
     env = diffsim.make(name, episodes, physics=physics, compile=False)
-    if isinstance(env, GymnasiumEnv) or isinstance(env.physics, MujocoPhysics):
-        return env
-    ready = []
-    with suppress(CacheError):  # then nothing is compiled, and play works without
-        ready = [n for n in compiled_batches(env.model) if n >= episodes]
-    return diffsim.make(name, ready[0], physics=physics) if ready else env
+    if not isinstance(env, GymnasiumEnv) and env.max_episode_steps >= 500:
+        with suppress(CacheError):  # then nothing is compiled, and play works without
+            return diffsim.make(name, episodes, physics=physics)
+    return env
 
 
 def starts(env, episodes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,13 +72,12 @@ class Run:
         self.means: dict[str, list] = defaultdict(list)  # since the last row, to be averaged
         self.start = process_start()  # compilation included; of a resumed run, less what it was away
         self.lap_start = self.shown = time.time()
-        self.best = -inf  # return of the best evaluation
         self.interrupted, self.nonfinite = 0, []  # by this signal, seen here; tags of the last row
         sys.excepthook = explain
         import_compiler()
-        if args.device == "cpu":
-            memory.limit()
-        self.left_out = 0  # successive rows in which all gradients were left out
+        on_cpu = args.device == "cpu"
+        memory.limit() if on_cpu else torch.set_float32_matmul_precision("high")  # TF32 for the networks
+        self.best, self.left_out = -inf, 0  # return of the best evaluation; successive rows without any gradient
         self.warned = self.moved = self.stuck = False  # some were left out; some were not; all were for too long
         for generator in (random.seed, np.random.seed, torch.manual_seed):
             generator(ranks.seed(args.seed))

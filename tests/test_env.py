@@ -1,6 +1,8 @@
 """The gradient contract: gradients of whole windows, resets, bad states, MuJoCo's engine behind the same task."""
 
+import ctypes
 import math
+import subprocess
 import warnings
 
 import gymnasium
@@ -9,7 +11,8 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.dynamics import contact_points
+from diffsim import codegen, physics
+from diffsim.dynamics import Eager, contact_points
 from diffsim.tasks.base import uniform
 
 KW = dict(compile=False)
@@ -288,16 +291,26 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Peg(diffsim.Task):
-    """The smallest robot with all that has a compiled form: a hinge with a stop, a slide, a ball on the ground."""
+class Zoo(diffsim.Task):
+    """All that has a compiled form: every joint and geom, springs, stops, two like children of a link, a body that the
+    others touch, an actuator without a range."""
 
-    xml = """<mujoco><worldbody><geom type="plane" size="5 5 .1"/><body pos="0 0 .2">
-      <joint type="slide" axis="0 0 1"/><joint name="a" axis="0 1 0" limited="true" range="-9 9" damping=".1"/>
-      <geom type="sphere" size=".1" pos=".3 0 0"/></body></worldbody>
+    collisions = True
+    xml = """<mujoco><default><geom contype="1" conaffinity="2"/></default>
+      <worldbody><geom type="plane" size="5 5 .1" contype="3" conaffinity="3"/>
+      <body pos="0 0 .3"><freejoint/><geom type="box" size=".1 .1 .05" contype="2" conaffinity="1"/></body>
+      <body pos="0 0 .55"><joint type="slide" axis="0 0 1"/><geom type="sphere" size=".1"/>
+        <body><joint name="a" axis="0 1 0" limited="true" range="-9 9" damping=".1"/>
+          <geom type="capsule" fromto=".1 0 0 .4 0 0" size=".05"/>
+          <body pos=".4 0 0"><joint type="ball"/><geom type="sphere" size=".05" pos=".1 0 0"/></body></body>
+        <body><joint axis="0 1 0" stiffness="2"/><geom type="capsule" fromto="-.1 0 0 -.4 0 0" size=".05"/></body>
+      </body></worldbody>
       <actuator><motor joint="a"/></actuator></mujoco>"""
 
     def reset(self, model, count, generator):
-        return uniform(model, 2, count, 0.1, generator), uniform(model, 2, count, 0.1, generator)
+        qpos = torch.as_tensor(model.mj_model.qpos0, dtype=model.dtype)[:, None].repeat(1, count)
+        qpos[[0, 1, 2, 7, 8]] += uniform(model, 5, count, 0.05, generator)
+        return qpos, uniform(model, model.nv, count, 0.1, generator)
 
     def observe(self, qpos, qvel, action):
         return torch.cat([qpos, qvel])
@@ -306,27 +319,84 @@ class Peg(diffsim.Task):
         return qpos.square().sum(0) + qvel.sum(0)
 
 
+@pytest.mark.filterwarnings("error:compiling the physics failed")
 def test_compiled_physics_equals_eager(cache, capfd):
-    from diffsim.physics import compiler_error
-
-    if compiler_error():
+    if physics.compiler_error():
         pytest.skip("no C++ compiler")
     gradients, observations = [], []
     for compiled in (False, True, True):
-        env = diffsim.make(Peg(), 4, seed=0, dtype=torch.float64, compile=compiled)
+        env = diffsim.make(Zoo(), 9, seed=0, dtype=torch.float64, compile=compiled)  # a vector, and one
         env.reset()
-        action = torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None].requires_grad_()
+        action = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None].requires_grad_()
         total = sum(env.step(action)[1].sum() for _ in range(20))
         gap, _ = contact_points(env.model, env.qpos.detach(), env.qvel.detach())
-        assert (
-            len(gap) and float(gap.min()) < 0.01 and float(env.qpos[1].detach().abs().max()) > 0.15
-        )  # at the stop, too
+        assert all(float(gap[list(i)].min()) < 0.01 for i in touching(env.model))
+        assert float(env.qpos[8].detach().abs().max()) > 0.15  # at the stop, too
         gradients.append(torch.autograd.grad(total, action)[0])
         observations.append(env.detach())
     assert capfd.readouterr().err.count("compiling the physics") == 1  # the second time it is on disk
     for x in (gradients, observations):
         torch.testing.assert_close(x[0], x[1], rtol=1e-10, atol=1e-10)
         assert torch.equal(x[1], x[2])
+
+
+CUDA = """#include <cmath>
+#include <cstring>
+#define __CUDACC__
+#define __device__
+#define __noinline__ __attribute__((noinline))
+#define __global__
+struct Index { int x; } blockIdx, blockDim{64}, threadIdx;
+using std::exp, std::log1p, std::sin, std::cos, std::sqrt;
+%s
+template <class F, class... A> void launch(F kernel, int n, A... a) {
+  for (int i = 0; i < (n + 63) / 64 * 64; i++) blockIdx.x = i / 64, threadIdx.x = i %% 64, kernel(a..., n);
+}
+extern "C" void run_forward(T** a, int substeps, int n) {
+  launch(forward, n, a[0], a[1], a[2], a[3], a[4], a[5], substeps);
+}
+extern "C" void run_backward(T** a, int substeps, int n) {
+  launch(backward, n, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], substeps);
+}
+"""
+
+
+def test_the_text_for_cuda_is_right_as_cpp(tmp_path):
+    """No GPU here: its kernels run thread by thread."""
+    if physics.compiler_error():
+        pytest.skip("no C++ compiler")
+    env, batch, substeps = diffsim.make("cartpole", 70, compile=False, dtype=torch.float64), 70, 2
+    m = env.model
+    (tmp_path / "step.cpp").write_text(CUDA % codegen.generate(m, cuda=True)[0])
+    command = [physics._compiler(), "-std=c++17", "-shared", "-fPIC", tmp_path / "step.cpp", "-o", tmp_path / "step.so"]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(tmp_path / "step.so"))
+
+    def run(name, inputs, rows):
+        outputs = [torch.zeros(*shape, batch, dtype=torch.float64) for shape in rows]
+        pointers = (ctypes.c_void_p * 8)(*(x.data_ptr() for x in (*inputs, *outputs)))
+        getattr(library, name)(pointers, substeps, batch)
+        return outputs
+
+    eager = Eager(m)
+    inputs = [torch.randn(rows, batch, dtype=torch.float64) for rows in (m.nq, m.nv, m.nu)]
+    states, qpos, qvel = eager.forward(*inputs, substeps)
+    for x, y in zip(run("run_forward", inputs, [states.shape[:2], [m.nq], [m.nv]]), (states, qpos, qvel)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+    gradients = [torch.randn_like(x) for x in (qpos, qvel)]
+    for x in gradients:
+        x[:, 3] = 0
+    states[:, :, 3] = torch.inf  # where nothing comes in nothing goes out
+    inputs = [states, qvel, inputs[2], *gradients]
+    for x, y in zip(run("run_backward", inputs, [[m.nq], [m.nv], [m.nu]]), eager.backward(*inputs)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+        assert not x[:, 3].any()
+
+
+def touching(model) -> list[list[int]]:
+    """Contacts with the ground and contacts between bodies."""
+    pairs = [" on " in name for name in model.contact_names]
+    return [[i for i, pair in enumerate(pairs) if pair == kind] for kind in (False, True)]
 
 
 def test_without_a_compiler_physics_runs_and_says_so(cache, monkeypatch):

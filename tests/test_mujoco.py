@@ -144,7 +144,7 @@ def test_without_contacts_the_engines_have_the_same_derivative():
         qpos[row : row + 4] /= qpos[row : row + 4].norm(dim=0)
     start = [x.requires_grad_() for x in (qpos, qvel, torch.tensor([[-1.0, 0.3, 1.0]]).double())]
     cotangents = [torch.randn(shape).double() for shape in shapes]
-    for differentiator in (lambda: DiffsimPhysics(model, 4, 3, compile=False), None):
+    for differentiator in (lambda: DiffsimPhysics(model, 4, compile=False), None):
         end = MujocoPhysics(model, 4, differentiator).step(*start)
         of_qpos, *others = torch.autograd.grad(end, start, cotangents)
         of_dofs = torch.einsum("kib,ib->kb", motions(model, qpos.detach()), of_qpos)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.articulated import solve
 from diffsim.builder import SelfCollisionWarning
-from diffsim.dynamics import actuator_force, contact_points, forward_substep
+from diffsim.dynamics import actuator_force, contact_points, forward_substep, solve
 from diffsim.forces import assemble, residual
 from diffsim.kinematics import forward_kinematics, join, split
 from diffsim.spatial import Vec, quat_to_mat
@@ -40,9 +39,17 @@ def load(xml, **kwargs):
         return diffsim.load_model(xml, dtype=torch.float64, collisions=True, **kwargs)
 
 
-def scene(touching):
-    """The scene with its bodies far away, with the ball at the cube, and all together."""
-    model = load(SCENE if touching else SCENE.replace("0 0 -.13", "0 0 -9"))
+def scene(touching, links=False):
+    """The scene with its bodies far away, with the ball at the cube, and all together. links: may links touch links?"""
+    xml = (
+        SCENE
+        if links
+        else SCENE.replace("<geom size", '<geom conaffinity="0" size').replace(
+            "<geom type", '<geom conaffinity="0" type'
+        )
+    )
+    model = load(xml if touching else xml.replace("0 0 -.13", "0 0 -9"))
+    assert (model.links is not None) == links
     qpos = torch.tensor(model.mj_model.qpos0)[:, None]
     rows = {"cube": [], "ball": []}
     for name in rows:
@@ -58,22 +65,23 @@ def scene(touching):
     return model, qpos, qvel, actuator_force(model, torch.ones(1, 1).double())
 
 
+@pytest.mark.parametrize("links", [False, True])
 @pytest.mark.parametrize("touching", [0, 1, 10])
-def test_a_substep_solves_the_dense_equation(touching):
-    model, qpos, qvel, qfrc = scene(touching)
+def test_a_substep_solves_the_dense_equation(touching, links):
+    model, qpos, qvel, qfrc = scene(touching, links)
     found = int((contact_points(model, qpos, qvel)[0] < 0).sum())
     assert found == touching if touching < 10 else found >= 10
     q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
     frames = forward_kinematics(model, q)
-    terms = assemble(model, frames, q, v, tau, model.timestep)
-    A, b = dense(model, terms, qpos)
+    equation = assemble(model, frames, q, v, tau, model.timestep)
+    A, b = dense(model, equation, qpos)
     x = forward_substep(model, qpos, qvel, qfrc)[1][:, 0]
     assert_solves(A, x, b)
     assert relative(x, torch.linalg.solve(A, b)) < 1e-12
     rhs, other = torch.randn(2, model.nv, 1, generator=torch.Generator().manual_seed(5)).double()
-    lam = solve(model, frames, terms, [None] * len(terms), split(rhs, model.dof_rows))  # the adjoint's call
+    lam = solve(model, frames, equation, [None] * len(frames), split(rhs, model.dof_rows))  # the adjoint's call
     assert_solves(A, join(lam, model.dof_rows)[:, 0], rhs[:, 0])
-    scalar = residual(model, frames, terms, split(rhs, model.dof_rows), split(other, model.dof_rows))
+    scalar = residual(model, frames, equation, split(rhs, model.dof_rows), split(other, model.dof_rows))
     assert relative(scalar, other[:, 0] @ (b - A @ rhs[:, 0])) < 1e-12
 
 
@@ -184,25 +192,25 @@ def test_where_a_sphere_touches_is_where_mujoco_sees_it():
 
 def test_what_touches_and_what_is_left_out():
     arms = "".join(
-        f'<body name="{n}" pos="{x} 0 0"><joint/><geom name="{n}" type="capsule" size=".1 .1"/></body>'
-        for n, x in (("left", 0), ("right", 1))
+        f'<body name="{n}" pos="{x} 0 0"><joint/><geom name="{n}" type="{kind}" size=".1 .1" conaffinity="0"/></body>'
+        for n, x, kind in (("left", 0, "capsule"), ("right", 1, "cylinder"))
     )
     xml = WORLD.format(arms + FREE.format("rod", "2 0 0", 1, ROD) + FREE.format("ball", "3 0 0", 1, BALL), g=0, end="")
-    with pytest.warns(SelfCollisionWarning, match=r"ignored \(3 pairs, geom 'left' and geom 'right' first"):
-        model = diffsim.load_model(xml, collisions=True)  # of two links, and of two capsules twice
-    assert set(model.contact_names) == {"left on ball", "right on ball", "ball on rod"}
-    with pytest.warns(SelfCollisionWarning, match="6 pairs"):
+    with pytest.warns(SelfCollisionWarning, match=r"ignored \(2 pairs, geom 'right' and geom 'rod' first"):
+        model = diffsim.load_model(xml, collisions=True)
+    assert set(model.contact_names) == {"left on rod", "left on ball", "ball on rod"}
+    with pytest.warns(SelfCollisionWarning, match="5 pairs"):
         assert diffsim.load_model(xml).contact_names == []
     shelf = WORLD.format('<geom name="shelf" {}/>' + FREE.format("rod", "2 0 0", 1, ROD), g=0, end="")
-    assert set(load(shelf.format(CUBE)).contact_names) == {"rod on shelf"}
+    for fixed, points in ((CUBE, 10), (ROD, 1)):
+        assert load(shelf.format(fixed)).contact_names == ["rod on shelf"] * points
     for fixed, kwargs, message in (
         (CUBE, {}, "contact with the fixed geom 'shelf' is not supported by diffsim; only planes"),
         (
-            ROD,
+            'type="ellipsoid" size="1 1 1"',
             dict(collisions=True),
-            r"contact of geom 'rod' \(capsule\) and geom 'shelf' \(capsule\) is not supported",
+            r"contact of geom 'rod' \(capsule\) and geom 'shelf' \(ellipsoid\) is not supported",
         ),
-        ('type="ellipsoid" size="1 1 1"', dict(collisions=True), r"geom 'shelf' \(ellipsoid\) is not supported"),
         (CUBE + ' gap="1"', dict(collisions=True), "gap of geom 'shelf'"),
     ):
         with pytest.raises(diffsim.UnsupportedError, match=message):

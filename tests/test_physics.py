@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import diffsim
-from diffsim.articulated import solve
 from diffsim.contact import friction_weight, normal_law
-from diffsim.dynamics import actuator_force, contact_points, forward_substep, integrate
+from diffsim.dynamics import actuator_force, contact_points, forward_substep, integrate, solve
 from diffsim.forces import assemble, residual
 from diffsim.kinematics import forward_kinematics, join, split, twists
+from diffsim.pairs import at_ends
+from diffsim.spatial import Spatial, Vec
 from diffsim.tasks.base import GYMNASIUM_ASSETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -151,8 +152,8 @@ def test_derivative_of_a_step_with_contacts_and_limits(source):
     torch.testing.assert_close(analytic.T, numeric, atol=1e-5, rtol=1e-4)
 
 
-def dense(model, terms, qpos):
-    """A (nv, nv) and b (nv) of one state from its terms, by Jacobians that are written out."""
+def dense(model, equation, qpos):
+    """A (nv, nv) and b (nv) of one state from its equation, by Jacobians that are written out."""
     nv = model.nv
     A, b = torch.zeros(nv, nv).double(), torch.zeros(nv).double()
     frames = forward_kinematics(model, split(qpos.repeat(1, nv), model.qpos_rows))
@@ -162,7 +163,16 @@ def dense(model, terms, qpos):
         A.add_(torch.einsum("ani,abn,bnj->ij", jacobian, inertia, jacobian))
         b.add_(torch.einsum("ani,an->i", jacobian, impulse))
 
-    for g, (body, contact, joint, pairs), vel in zip(model.groups, terms, velocities):
+    def touch(t, vel, other):  # J: of one link's point less the other's
+        jacobian = torch.stack(t.relative(vel, other))
+        n, weights = torch.stack(t.normal)[..., 0], [x[..., 0] for x in (t.w_n - t.w_t, t.w_t)]
+        weight = n * n[:, None] * weights[0] + torch.eye(3).double()[..., None, None] * weights[1]
+        add(jacobian.flatten(1, 2), weight.flatten(2), (n * t.j_n[..., 0]).flatten(1))
+
+    if equation.links is not None:
+        ends = at_ends(model, [[*v.ang, *v.lin] for v in velocities], velocities)
+        touch(equation.links, *(Spatial(Vec(*t[:3]), Vec(*t[3:])) for t in ends))
+    for g, (body, contact, joint, pairs), vel in zip(model.groups, equation.groups, velocities):
         if body is not None:
             xx, yy, zz, xy, xz, yz = (t[:, 0] for t in body.inertia)
             inertia = torch.stack([torch.stack(r) for r in ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))])
@@ -178,11 +188,8 @@ def dense(model, terms, qpos):
                     weight,
                     torch.stack([0 * j_n, 0 * j_n, j_n]),
                 )
-        for contacts, t in zip(g.pairs, pairs):  # J: of one link's point less the other's
-            jacobian = torch.stack(t.relative(vel, None if contacts.other < 0 else velocities[contacts.other]))
-            n, weights = torch.stack(t.normal)[..., 0], [x[..., 0] for x in (t.w_n - t.w_t, t.w_t)]
-            weight = n * n[:, None] * weights[0] + torch.eye(3).double()[..., None, None] * weights[1]
-            add(jacobian.flatten(1, 2), weight.flatten(2), (n * t.j_n[..., 0]).flatten(1))
+        for contacts, t in zip(g.pairs, pairs):
+            touch(t, vel, None if contacts.other < 0 else velocities[contacts.other])
         for rows, d, j in zip(g.dofs, *joint):
             A[rows, rows] += d[:, 0]
             b[rows] += j[:, 0]
@@ -212,20 +219,20 @@ def test_a_substep_solves_the_dense_equation(source):
     model, qpos, qvel, qfrc = state_on_the_ground(source)
     q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
     frames = forward_kinematics(model, q)
-    terms = assemble(model, frames, q, v, tau, model.timestep)
-    A, b = dense(model, terms, qpos)
+    equation = assemble(model, frames, q, v, tau, model.timestep)
+    A, b = dense(model, equation, qpos)
     assert_solves(A, forward_substep(model, qpos, qvel, qfrc)[1][:, 0], b)
     rhs, other = torch.tensor(np.random.default_rng(5).normal(size=(2, model.nv, 1)))
-    lam = solve(model, frames, terms, [None] * len(terms), split(rhs, model.dof_rows))  # the adjoint's call
+    lam = solve(model, frames, equation, [None] * len(frames), split(rhs, model.dof_rows))  # the adjoint's call
     assert_solves(A, join(lam, model.dof_rows)[:, 0], rhs[:, 0])
-    scalar = residual(model, frames, terms, split(rhs, model.dof_rows), split(other, model.dof_rows))
+    scalar = residual(model, frames, equation, split(rhs, model.dof_rows), split(other, model.dof_rows))
     assert relative(scalar, other[:, 0] @ (b - A @ rhs[:, 0])) < 1e-12
     # what A is made of: mass, damping and positive weights, no more
     free, m = free_of_constraints(model)
-    terms = assemble(free, frames, q, v, tau, model.timestep)
-    rest = dense(free, terms, qpos)[0] - diffsim.mass_matrix(model, qpos)[:, :, 0]
+    equation = assemble(free, frames, q, v, tau, model.timestep)
+    rest = dense(free, equation, qpos)[0] - diffsim.mass_matrix(model, qpos)[:, :, 0]
     assert relative(rest, np.diag(model.timestep * m.dof_damping)) < 1e-9 or abs(rest).max() < 1e-12
-    assert float(torch.linalg.eigvalsh(A - dense(free, terms, qpos)[0])[0]) > -1e-9 * float(A.abs().max())
+    assert float(torch.linalg.eigvalsh(A - dense(free, equation, qpos)[0])[0]) > -1e-9 * float(A.abs().max())
 
 
 @pytest.mark.parametrize("source", ["ant", "humanoid", 1])

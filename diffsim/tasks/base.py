@@ -108,18 +108,17 @@ class FloatingRunner(Task):
 
     @staticmethod
     def axes(qpos):
-        """Cosines of the base's z axis with up, and of its x axis with x, (1, B) each."""
-        _, x, y, z = qpos[3:7].split(1)
-        return 1 - 2 * (x * x + y * y), 1 - 2 * (y * y + z * z)
+        """Cosines of the base's z axis with up, and of its x axis with x, (2, B)."""
+        squares = qpos[4:7].square()  # of the quaternion's x, y, z
+        return 1 - 2 * (squares[:2] + squares[1:])
 
     def observe(self, qpos, qvel, action):
-        up, heading = self.axes(qpos)
-        return torch.cat([qpos[2:7], qvel[:6], qpos[7:], 0.1 * qvel[6:], up, heading, action])
+        return torch.cat([qpos[2:7], qvel[:6], qpos[7:], 0.1 * qvel[6:], self.axes(qpos), action])
 
     def progress(self, qpos, qvel):
         """Speed along x, staying upright, facing x."""
         up, heading = self.axes(qpos)
-        return qvel[0] + (0.1 * up + heading).squeeze(0)
+        return qvel[0] + 0.1 * up + heading
 
     def terminated(self, qpos, qvel):
         return qpos[2] < self.fallen
