@@ -26,7 +26,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch.distributions import Normal
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from diffsim import ranks
@@ -95,8 +94,6 @@ class Args(RunArgs):
     """step towards the policy of the average that is evaluated and saved, at first a plain mean; 1: the policy"""
     entropy_coef: Rate = 0.1
     """initial temperature: weight of the policy's entropy in every reward; it adapts to target_entropy"""
-    learn_entropy_coef: bool = True
-    """adapt the temperature so that the entropy comes to target_entropy"""
     target_entropy: Number | None = None
     """entropy of the policy, after the tanh, that the temperature aims at; default: -act_dim"""
     actor_hidden: Layers = (128, 128)
@@ -131,20 +128,19 @@ DEFAULTS = {
 def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
     """Linear layers with activations between; those of the indices `normalized` have a largest singular value of 1."""
     layers: list[nn.Module] = []
+    normalized = normalized if args.spectral_norm else range(0)
     for k, (i, o) in enumerate(zip(sizes[:-1], sizes[1:])):
         linear = nn.Linear(i, o)
         nn.init.orthogonal_(linear.weight, 0.01 if k == len(sizes) - 2 else 1.0 if k in normalized else 2**0.5)
         nn.init.zeros_(linear.bias)
-        layers.append(spectral_norm(linear, n_power_iterations=args.power_iterations) if k in normalized else linear)
-        layers.append(nn.ReLU())
+        layers += [spectral_norm(linear, "weight", args.power_iterations) if k in normalized else linear, nn.ReLU()]
     return nn.Sequential(*layers[:-1]).eval()
 
 
 @torch.no_grad()
 def update_spectral_norm(net: nn.Sequential):
     """Power iterations on weights that have changed; at other times (eval mode) u and v of the estimate stay."""
-    net.train()
-    for layer in filter(parametrize.is_parametrized, net):
+    for layer in filter(nn.utils.parametrize.is_parametrized, net.train()):
         layer.weight  # noqa: B018  computing it iterates
     net.eval()
 
@@ -160,8 +156,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        sizes = [obs_dim, *args.actor_hidden, 2 * act_dim]
-        self.net = mlp(sizes, args, range(1, len(args.actor_hidden) if args.spectral_norm else 0))
+        self.net = mlp([obs_dim, *args.actor_hidden, 2 * act_dim], args, range(1, len(args.actor_hidden)))
         self.log_std_init = args.log_std_init
 
     def distribution(self, z) -> Normal:
@@ -199,8 +194,7 @@ class Critics(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        sizes = [obs_dim + act_dim, *args.critic_hidden, 1]
-        self.members = nn.ModuleList(mlp(sizes, args) for _ in range(2))
+        self.members = nn.ModuleList(mlp([obs_dim + act_dim, *args.critic_hidden, 1], args) for _ in range(2))
 
     def forward(self, z, action):
         inputs = torch.cat([z, action], -1)
@@ -212,8 +206,7 @@ class Model(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        normalized = range(len(args.model_hidden) if args.spectral_norm else 0)
-        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args, normalized)
+        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args, range(len(args.model_hidden)))
         self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args)
         self.register_buffer("change", torch.ones(obs_dim))  # root mean square of s' - s
         self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and deviation
@@ -228,8 +221,7 @@ class Model(nn.Module):
 
     def loss(self, z, action, reward, z_next, terminated):
         """Squared errors of the next observation and of the reward, cross entropy of termination."""
-        wanted = (z_next - z) / self.change
-        state_loss = (self.dynamics(torch.cat([z, action], -1)) - wanted).square().mean()
+        state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
         predicted, logit = self.outcome(z, action, z_next)
         reward_loss = ((predicted - reward) / self.reward[1]).square().mean()
         return state_loss, reward_loss, nn.functional.binary_cross_entropy_with_logits(logit, (~terminated).float())
@@ -240,9 +232,8 @@ class Normalizer(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("count", torch.tensor(1e-4))
+        for name, start in dict(mean=torch.zeros(dim), var=torch.ones(dim), count=torch.tensor(1e-4)).items():
+            self.register_buffer(name, start)
 
     def forward(self, obs):
         return (obs - self.mean) * torch.rsqrt(self.var + 1e-5)
@@ -410,13 +401,9 @@ if __name__ == "__main__":
         policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, model_optimizer=model_optimizer,
-        temperature_optimizer=temperature_optimizer,
-    )  # fmt: skip
+        temperature_optimizer=temperature_optimizer)  # fmt: skip
     if args.resume and args.physics == "gymnasium":
         buffer.data["truncated"][(buffer.count - 1) % buffer.capacity] = True  # its episodes start anew
-
-    def updates_due(global_step: int) -> int:
-        return int(max(0, global_step - args.learning_starts) * args.update_ratio)
 
     # --- what is computed in a step: each function is one graph, where it is compiled ------------------------------
     compiled = compiler(args.compile and args.device == "cpu")
@@ -472,7 +459,8 @@ if __name__ == "__main__":
         run.lap("env")
 
         # --- updates of model, critics and policy ----------------------------------------------------------------
-        for update in range(updates_due(run.global_step - args.num_envs), updates_due(run.global_step)):
+        n = run.global_step - args.learning_starts
+        for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
                 segment = buffer.sample(args.batch_size)
                 batch = {k: x[0] for k, x in segment.items()}
@@ -483,24 +471,21 @@ if __name__ == "__main__":
 
             alpha = temperature[0].detach().exp()
             h = args.unroll if run.global_step > args.model_warmup else 0
-            fit, ascend = long if h else short
+            fit, ascend, gradient = (*long, args.gradient) if h else (*short, "dp")
             value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, args.batch_size, act_dim), alpha)
             critic_optimizer.step()
             run.lap("critic")
 
             if (update + 1) % args.policy_frequency:
                 continue
-            gradient = args.gradient if h else "dp"
-            if gradient == "dr":
-                segment = buffer.sample(args.batch_size, h, args.dr_recent)
+            segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else segment
             policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, args.batch_size, act_dim), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
                 update_spectral_norm(actor.net)
                 move_average(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))
-                if args.learn_entropy_coef:
-                    temperature[0].grad = alpha * (entropy - target_entropy)
-                    temperature_optimizer.step()
+                temperature[0].grad = alpha * (entropy - target_entropy)
+                temperature_optimizer.step()
             run.lap("actor")
             run.mean({
                 "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/q_value": q_value,
