@@ -47,9 +47,15 @@ def load_policy(path) -> tuple[torch.nn.Module, str]:
     return policy, policy.env
 
 
-def playback_env(name: str, episodes: int, physics: str | None = None):
-    """An environment for each episode, with compiled physics where episodes are long enough for that to pay."""
+def playback_env(name: str, episodes: int, physics: str | None = None, obs_dim: int | None = None):
+    """An environment for each episode, with compiled physics where episodes are long enough for that to pay.
+
+    Raises ValueError, one line, where observations are not those a policy wants, obs_dim.
+    """
     env = diffsim.make(name, episodes, physics=physics, compile=False)
+    given = env.single_observation_space.shape[0]
+    if obs_dim not in (None, given):
+        raise ValueError(f"the policy wants {obs_dim} observations, {name} on {physics} has {given}")
     if not isinstance(env, GymnasiumEnv) and env.max_episode_steps >= 500:
         with suppress(CacheError):  # then nothing is compiled, and play works without
             return diffsim.make(name, episodes, physics=physics)
@@ -207,10 +213,7 @@ def main():
         if is_file(name) and not args.env:
             trust = f"if you trust that file: --env {quote(name)}"
             raise ValueError(f"{args.policy} was trained on code in a file; {trust}")
-        env = playback_env(name, args.episodes, physics)
-        given = env.single_observation_space.shape[0]
-        if policy.obs_dim != given:
-            raise ValueError(f"the policy wants {policy.obs_dim} observations, {name} on {physics} has {given}")
+        env = playback_env(name, args.episodes, physics, policy.obs_dim)
         print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy", flush=True)
         result = rollout(env, policy, args.episodes, args.seed)
         for key, unit in (
