@@ -10,13 +10,11 @@ import torch
 import diffsim
 from diffsim.builder import SelfCollisionWarning
 from diffsim.codegen import Expressions, outputs
-from diffsim.dynamics import actuator_force, backward_substep, contact_points, forward_substep, solve
-from diffsim.forces import assemble, residual
-from diffsim.kinematics import forward_kinematics, join, split
+from diffsim.dynamics import actuator_force, backward_substep, contact_points, forward_substep
 from diffsim.spatial import Vec, quat_to_mat
 from tests import ROOT
-from tests.test_pairs import BALL, FREE, WORLD, load
-from tests.test_physics import assert_solves, dense, relative
+from tests.test_pairs import BALL, FREE, WORLD, assert_is_the_dense_equation, load
+from tests.test_physics import relative
 
 LEG = (
     '<body pos="{0} 0 0"><joint name="{1}" axis="0 1 0" damping=".05"/><joint axis="1 0 0" damping=".05"/>'
@@ -66,18 +64,7 @@ def names_that_touch(model, qpos, qvel):
 def test_a_substep_solves_the_dense_equation(touching):
     model, qpos, qvel, qfrc = scene(touching)
     assert len(names_that_touch(model, qpos, qvel)) == touching
-    q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
-    frames = forward_kinematics(model, q)
-    equation = assemble(model, frames, q, v, tau, model.timestep)
-    A, b = dense(model, equation, qpos)
-    x = forward_substep(model, qpos, qvel, qfrc)[1][:, 0]
-    assert_solves(A, x, b)
-    assert relative(x, torch.linalg.solve(A, b)) < 1e-12
-    rhs, other = torch.randn(2, model.nv, 1, generator=torch.Generator().manual_seed(5)).double()
-    lam = solve(model, frames, equation, [None] * len(frames), split(rhs, model.dof_rows))  # the adjoint's call
-    assert_solves(A, join(lam, model.dof_rows)[:, 0], rhs[:, 0])
-    scalar = residual(model, frames, equation, split(rhs, model.dof_rows), split(other, model.dof_rows))
-    assert relative(scalar, other[:, 0] @ (b - A @ rhs[:, 0])) < 1e-12
+    assert_is_the_dense_equation(model, qpos, qvel, qfrc)
 
 
 @pytest.mark.parametrize("touching", [1, 4])

@@ -65,12 +65,8 @@ def scene(touching, links=False):
     return model, qpos, qvel, actuator_force(model, torch.ones(1, 1).double())
 
 
-@pytest.mark.parametrize("links", [False, True])
-@pytest.mark.parametrize("touching", [0, 1, 10])
-def test_a_substep_solves_the_dense_equation(touching, links):
-    model, qpos, qvel, qfrc = scene(touching, links)
-    found = int((contact_points(model, qpos, qvel)[0] < 0).sum())
-    assert found == touching if touching < 10 else found >= 10
+def assert_is_the_dense_equation(model, qpos, qvel, qfrc):
+    """The substep's solution, the adjoint's and the residual, beside the matrix written out."""
     q, v, tau = split(qpos, model.qpos_rows), split(qvel, model.dof_rows), split(qfrc, model.dof_rows)
     frames = forward_kinematics(model, q)
     equation = assemble(model, frames, q, v, tau, model.timestep)
@@ -83,6 +79,15 @@ def test_a_substep_solves_the_dense_equation(touching, links):
     assert_solves(A, join(lam, model.dof_rows)[:, 0], rhs[:, 0])
     scalar = residual(model, frames, equation, split(rhs, model.dof_rows), split(other, model.dof_rows))
     assert relative(scalar, other[:, 0] @ (b - A @ rhs[:, 0])) < 1e-12
+
+
+@pytest.mark.parametrize("links", [False, True])
+@pytest.mark.parametrize("touching", [0, 1, 10])
+def test_a_substep_solves_the_dense_equation(touching, links):
+    model, qpos, qvel, qfrc = scene(touching, links)
+    found = int((contact_points(model, qpos, qvel)[0] < 0).sum())
+    assert found == touching if touching < 10 else found >= 10
+    assert_is_the_dense_equation(model, qpos, qvel, qfrc)
 
 
 def momentum(model, qpos, qvel):
