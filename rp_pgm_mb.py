@@ -93,7 +93,9 @@ class Args(RunArgs):
     policy_average: Fraction = 0.001
     """step towards the policy of the average that is evaluated and saved, at first a plain mean; 1: the policy"""
     entropy_coef: Rate = 0.1
-    """initial temperature: weight of the policy's entropy in every reward; it adapts to target_entropy"""
+    """initial temperature: weight of the policy's entropy in every reward"""
+    learn_entropy_coef: bool = True
+    """adapt the temperature so that the entropy comes to target_entropy"""
     target_entropy: Number | None = None
     """entropy of the policy, after the tanh, that the temperature aims at; default: -act_dim"""
     actor_hidden: Layers = (128, 128)
@@ -395,7 +397,7 @@ if __name__ == "__main__":
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, fused=True)
     model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
     temperature = nn.ParameterList([torch.tensor(args.entropy_coef).log()]).to(env.device)
-    temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate, fused=True)
+    temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate * args.learn_entropy_coef)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs)
     run.restore(
         policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
@@ -437,8 +439,7 @@ if __name__ == "__main__":
     def policy_gradient(gradient, segment, noise, alpha):
         segment = normalized(normalizer, segment)
         value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
-        grad_norm = differentiate(-value.mean(), actor, args.max_grad_norm)
-        return -value.mean().detach(), entropy.detach(), grad_norm
+        return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     short, long = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
@@ -469,8 +470,7 @@ if __name__ == "__main__":
                 update_spectral_norm(model.dynamics)
             run.lap("model")
 
-            alpha = temperature[0].detach().exp()
-            h = args.unroll if run.global_step > args.model_warmup else 0
+            alpha, h = temperature[0].detach().exp(), args.unroll if run.global_step > args.model_warmup else 0
             fit, ascend, gradient = (*long, args.gradient) if h else (*short, "dp")
             value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, args.batch_size, act_dim), alpha)
             critic_optimizer.step()

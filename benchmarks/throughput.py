@@ -105,6 +105,6 @@ if __name__ == "__main__":
     path.parent.mkdir(parents=True, exist_ok=True)
     for batch in args.batches:
         row = training_row(args, batch) if args.processes else physics_row(args, batch)
-        before = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        before = pd.read_csv(path, dtype=dict(commit=str)) if path.exists() else pd.DataFrame()
         pd.concat([before, pd.DataFrame([row])]).convert_dtypes().to_csv(path, index=False)
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -124,13 +124,10 @@ class Expressions:
         return a if type(a) is type(b) and a == b else self.add("?", condition, a, b)
 
     def both(self, a, b):
-        return (
-            (b if a else False)
-            if isinstance(a, bool)
-            else (a if b else False)
-            if isinstance(b, bool)
-            else self.add("and", a, b)
-        )
+        for x, y in ((a, b), (b, a)):
+            if isinstance(x, bool):
+                return y if x else False
+        return self.add("and", a, b)
 
     def relu(self, x):
         return self.where(self.compare("<=", x, 0.0), 0.0, x)  # NaN stays
@@ -141,6 +138,8 @@ class Expressions:
         return self.where(self.compare("<=", x, low), low, self.where(self.compare(">=", x, high), high, x))
 
     def power(self, x, n):
+        if n != int(n) or n < 1:
+            raise NotImplementedError(f"no C++ for a power of {n}")
         return self.times(x, self.power(x, n - 1)) if n > 1 else x
 
     def decay(self, x):
@@ -169,13 +168,12 @@ def operations(e: Expressions) -> dict[str, Callable]:
     """What aten's operations do to arrays of symbols."""
 
     def each(f):
-        """f of numbers as a function of arrays that broadcasts as torch does; an int is a constant here."""
+        """f of numbers as a function of arrays that broadcasts as torch does; an int among them is a constant."""
 
-        def apply(*x):
-            x = [x_i if isinstance(x_i, np.ndarray) else float(x_i) for x_i in x]
-            return np.asarray(np.frompyfunc(f, len(x), 1)(*x), object)
+        def symbols(x):
+            return x if isinstance(x, np.ndarray) and x.dtype == object else np.asarray(x, float).astype(object)
 
-        return apply
+        return lambda *x: np.asarray(np.frompyfunc(f, len(x), 1)(*map(symbols, x)), object)
 
     plus, times, sigmoid, where = each(e.plus), each(e.times), each(e.sigmoid), each(e.where)
 
@@ -202,12 +200,21 @@ def operations(e: Expressions) -> dict[str, Callable]:
     def cut(x, dim=0, start=None, end=None, step=1):
         return x[(slice(None),) * dim + (slice(start, end, step),)]
 
-    def gather(x, index):  # by one list of rows
-        return x.take(index[-1], len(index) - 1)
+    def rows_of(index) -> tuple[int, np.ndarray]:
+        """Dimension and rows of an index, which is None for every other dimension."""
+        if any(rows is not None for rows in index[:-1]) or index[-1].dtype != int or index[-1].ndim != 1:
+            raise NotImplementedError("no C++ for an index that is not one list of rows")
+        return len(index) - 1, index[-1]
 
-    def scatter(into, index, x, accumulate):
-        out, dim = into.copy(), len(index) - 1
-        for i, row in enumerate(index[-1]):
+    def gather(x, index):
+        dim, rows = rows_of(index)
+        return x.take(rows, dim)
+
+    def scatter(into, index, x, accumulate=False):
+        if not accumulate:
+            raise NotImplementedError("no C++ for an index_put that does not add")
+        out, (dim, rows) = into.copy(), rows_of(index)
+        for i, row in enumerate(rows):
             there = (slice(None),) * dim + (row,)
             out[there] = plus(out[there], x.take(i, dim))
         return out
@@ -255,7 +262,8 @@ class Trace(TorchDispatchMode):
         if isinstance(x, list | tuple):
             return [self.array(y) for y in x]
         if isinstance(x, Tensor) and id(x) not in self.arrays:  # a constant of the model
-            self.follow(x, np.array(x.tolist(), object if x.is_floating_point() else int))
+            integers = x.dtype in (torch.int32, torch.int64)
+            self.follow(x, np.array(x.tolist(), int if integers else object))
         return self.arrays[id(x)] if isinstance(x, Tensor) else x
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -325,10 +333,10 @@ class Part:
     def operation(self, x: int):
         sign, *args = self.e.ops[x]
         if sign == "?":
-            test, left, right = self.e.ops[args[0]]
-            text = (
-                f"{self.name(left)} {test} {self.name(right)} ? {self.name(args[1], True)} : {self.name(args[2], True)}"
-            )
+            test, *sides = self.e.ops[args[0]]
+            left, right = map(self.name, sides)
+            yes, no = (self.name(a, wide=True) for a in args[1:])
+            text = f"{left} {test} {right} ? {yes} : {no}"
         elif sign == "neg":
             text = f"-{self.name(args[0])}"
         elif sign in FUNCTIONS:
@@ -339,13 +347,13 @@ class Part:
         self.lines.append(f"const V v{x} = {text};")
 
     def keep(self, x, place: int):
-        self.lines.append(f"s[{place}] = {self.name(x, True)};")
+        self.lines.append(f"s[{place}] = {self.name(x, wide=True)};")
 
 
 def write(e: Expressions, rows: int, results: list, number: Callable) -> tuple[list[str], int]:
     """Bodies of functions of s, which holds `rows` inputs and is left with the results behind them; its places."""
     sequence = sequence_of(e, results)
-    parts = [sequence[i : i + PART] for i in range(0, len(sequence), PART)]
+    parts = [sequence[i : i + PART] for i in range(0, len(sequence), PART)] or [[]]
     last_use = {a: i for i, part in enumerate(parts) for x in part for a in operands(e, x)}
     place = {x: int(op[1]) for x, op in enumerate(e.ops[:rows])}
     free, size, texts = [], rows + len(results), []

@@ -98,7 +98,7 @@ def backward(model: Model, qpos, qvel, ctrl, x, grad_qpos, grad_qvel):
     return *grads, *torch.autograd.grad(qfrc, ctrl, grad_qfrc)
 
 
-# --- public functions -------------------------------------------------------------------------------------------
+# --- a control step: several substeps ---------------------------------------------------------------------------
 class Eager:
     """The substeps of a control step and their adjoint, as PyTorch runs them."""
 
@@ -144,11 +144,15 @@ class Step(torch.autograd.Function):
         return *ctx.engine.backward(*ctx.saved_tensors, grad_qpos, grad_qvel), None, None
 
 
-def _check_rows(**arrays: tuple[Tensor, int]):
-    """One line for an array that is not (rows, environments)."""
+# --- public functions -------------------------------------------------------------------------------------------
+def check_rows(**arrays: tuple[Tensor, int]):
+    """One line for an array that is not (rows, environments), or of other environments than the first."""
     for name, (x, rows) in arrays.items():
         if x.dim() != 2 or x.shape[0] != rows:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({rows}, environments)")
+    batches = {name: x.shape[1] for name, (x, _) in arrays.items()}
+    if len({*batches.values()}) > 1:
+        raise ValueError("the numbers of environments differ: " + ", ".join(f"{k} {n}" for k, n in batches.items()))
 
 
 def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +160,7 @@ def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor
 
     Differentiable once, in reverse mode, in all three. Raises ValueError for a wrong shape.
     """
-    _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv), ctrl=(ctrl, model.nu))
-
+    check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv), ctrl=(ctrl, model.nu))
     return Step.apply(qpos, qvel, ctrl, Eager(model), 1)
 
 
@@ -166,7 +169,7 @@ def mass_matrix(model: Model, qpos: Tensor) -> Tensor:
 
     Units kg, kg m or kg m^2, as the dofs of row and column move or turn. Raises ValueError for a wrong shape.
     """
-    _check_rows(qpos=(qpos, model.nq))
+    check_rows(qpos=(qpos, model.nq))
     nv, batch = model.nv, qpos.shape[1]
     unit = torch.eye(nv, device=qpos.device, dtype=qpos.dtype).repeat(1, batch)  # (nv, B nv): columns of every M
     q, v = split(qpos.repeat_interleave(nv, 1), model.qpos_rows), split(unit, model.dof_rows)
@@ -183,7 +186,7 @@ def bias_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
 
     Raises ValueError for a wrong shape.
     """
-    _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
+    check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
     q, v = split(qpos, model.qpos_rows), split(qvel, model.dof_rows)
     frames = forward_kinematics(model, q)
     terms = assemble(model.without_contacts(), frames, q, v, v, 1.0).groups  # h = 1 s: impulse = momentum - bias
@@ -198,7 +201,7 @@ def contact_points(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, Te
     The force is that on the geom, of a pair on the first.
     Of qpos (nq, B), qvel (nv, B). Raises ValueError for a wrong shape.
     """
-    _check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
+    check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
     frames = forward_kinematics(model, split(qpos, model.qpos_rows))
     velocities = twists(model, frames, split(qvel, model.dof_rows))
     found = []

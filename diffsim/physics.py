@@ -26,16 +26,15 @@ import torch
 from torch import Tensor
 
 from diffsim.codegen import generate
-from diffsim.dynamics import Eager, Step
+from diffsim.dynamics import Eager, Step, check_rows
 from diffsim.model import Model
 
 SOURCES = (  # of the step
     "spatial.py", "contact.py", "kinematics.py", "forces.py", "pairs.py", "articulated.py", "dense.py", "dynamics.py",
     "model.py", "builder.py", "collisions.py", "mjcf.py", "physics.py", "codegen.py", "step.cpp",
 )  # fmt: skip
-SOURCE = hashlib.sha256()  # as imported: a file may be edited while this process runs
-for name in SOURCES:
-    SOURCE.update((Path(__file__).parent / name).read_bytes())
+# As imported: a file may be edited while this process runs.
+SOURCE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in SOURCES))
 KINDS = ("forward", "backward")
 UNCOMPILED: set[Path] = set()  # what this process could not compile
 STEPS = ("writing out its equations", "compiling them")
@@ -55,7 +54,9 @@ class DiffsimPhysics:
         self.engine = (load_or_build(model) if compile else None) or Eager(model)
 
     def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
-        """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`."""
+        """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`. Raises ValueError for other shapes."""
+        m = self.model
+        check_rows(qpos=(qpos, m.nq), qvel=(qvel, m.nv), ctrl=(ctrl, m.nu))  # C++ would read elsewhere
         return Step.apply(qpos, qvel, ctrl, self.engine, self.substeps)
 
 
@@ -85,13 +86,13 @@ class Compiled:
 
     def forward(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor, substeps: int):
         m, batch = self.model, qpos.shape[1]
-        inputs = [x.contiguous() for x in (qpos, qvel, ctrl)]
-        outputs = [qpos.new_empty(*shape, batch) for shape in ((substeps, m.nq + m.nv), (m.nq,), (m.nv,))]
+        inputs = [x.to(m.dtype).contiguous() for x in (qpos, qvel, ctrl)]
+        outputs = [inputs[0].new_empty(*shape, batch) for shape in ((substeps, m.nq + m.nv), (m.nq,), (m.nv,))]
         self._run("forward", [*inputs, *outputs], substeps, batch)
         return outputs
 
     def backward(self, states: Tensor, *inputs: Tensor):
-        inputs = [x.contiguous() for x in inputs]
+        inputs = [x.to(self.model.dtype).contiguous() for x in inputs]
         outputs = [states.new_empty(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nu)]
         self._run("backward", [states, *inputs, *outputs], len(states), states.shape[2])
         return outputs
@@ -142,7 +143,7 @@ def load_or_build(model: Model) -> Compiled | None:
                 warnings.warn(f"{error}: {slow} (--no-compile silences this)", stacklevel=3)
                 return None
             return _load(model, entry)
-    except (OSError, RuntimeError) as e:
+    except OSError as e:
         raise cannot_keep(entry.parent, e) from None
 
 
@@ -205,7 +206,7 @@ def _build(model: Model, entry: Path) -> str | None:
         except NotImplementedError as e:
             return f"compiling the physics failed ({e})"
         report(1)
-        if error := _compile_cuda(files[0], model, work) if cuda else _compile(files, temporary, work):
+        if error := _compile_cuda(files[0], model, work) if cuda else _compile(files, model, temporary, work):
             return f"compiling the physics failed{error}"
         shutil.rmtree(temporary)
         (work / "sha256").write_text(_digest(work))
@@ -221,21 +222,12 @@ def _build(model: Model, entry: Path) -> str | None:
     return None
 
 
-def _compile(files: list[str], temporary: Path, work: Path) -> str | None:
+def _compile(files: list[str], model: Model, temporary: Path, work: Path) -> str | None:
     """A library of C++ files, as many at a time as there are cores; returns the compiler's complaint, in brackets."""
     capability, root = torch.backends.cpu.get_cpu_capability(), Path(torch.__file__).parent
+    capability = capability if capability in VECTORS else "DEFAULT"
     size, flags = VECTORS.get(capability, (32, ""))
-    capability = capability if flags else "DEFAULT"
-    double = "typedef double T" in files[0]
-    command = [
-        _compiler(),
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-w",
-        *flags.split(),
-        f"-DLANES={size // (8 if double else 4)}",
-    ]
+    command = [_compiler(), *f"-std=c++20 -O1 -fPIC -w {flags}".split(), f"-DLANES={size // model.dtype.itemsize}"]
     command += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", "-I", str(root / "include")]
     names, waiting, running = [temporary / f"{i}.cpp" for i in range(len(files))], [], []
     for name, text in zip(names, files):

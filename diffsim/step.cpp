@@ -1,6 +1,7 @@
-// A control step on many environments; codegen.py writes the substep's functions, and what this file is to know:
-// T, its number type; NQ, NV, NU; of the file with the functions below PLACES, PARTS and lists of the parts.
-// A V holds the same number of LANES environments, in CUDA of one. Arrays are (rows, n), as PyTorch has them.
+// A control step of many environments. Before this file codegen.py defines T, its number type, and NQ, NV, NU; for the
+// functions at the end also FORWARD_PARTS and BACKWARD_PARTS, which name the functions that make a substep, and
+// FORWARD_PLACES and BACKWARD_PLACES, the length of the array s they work on.
+// A V holds LANES environments, in CUDA one. Arrays are (rows, n), as PyTorch has them.
 #ifdef __CUDACC__
 #define HERE static __device__ __noinline__
 #define ALL __global__
@@ -21,13 +22,13 @@ static inline V wide(T x) { return x - V{}; }
 #elif defined(FORWARD_PARTS)
 #include <ATen/cpu/vec/vec.h>
 typedef at::vec::Vectorized<T> Vector;  // PyTorch's own vector functions
-#define FUNCTION(f)                                                                                   \
-  HERE V f##_(V x) {                                                                                  \
-    T each[LANES];                                                                                    \
-    COPY(each, &x, sizeof x);                                                             \
-    for (int i = 0; i < LANES; i += Vector::size()) Vector::loadu(each + i).f().store(each + i);      \
-    COPY(&x, each, sizeof x);                                                             \
-    return x;                                                                                         \
+#define FUNCTION(f)                                                                               \
+  HERE V f##_(V x) {                                                                              \
+    T each[LANES];                                                                                \
+    COPY(each, &x, sizeof x);                                                                     \
+    for (int i = 0; i < LANES; i += Vector::size()) Vector::loadu(each + i).f().store(each + i);  \
+    COPY(&x, each, sizeof x);                                                                     \
+    return x;                                                                                     \
   }
 #else
 #define FUNCTION(f) HERE V f##_(V x);

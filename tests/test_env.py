@@ -340,6 +340,19 @@ def test_compiled_physics_equals_eager(cache, capfd):
         assert torch.equal(x[1], x[2])
 
 
+def test_what_would_be_written_wrong_is_refused():
+    e = codegen.Expressions()
+    known, (x, rows, mask) = codegen.operations(e), (e.inputs(2), np.array([0, 1]), np.array([True, False]))
+    for name, args in {
+        "pow": (x, 0.5), "index": (x, [rows, rows]), "index_put": (x, [rows], x, False), "mask": (x, [mask]),
+    }.items():  # fmt: skip
+        with pytest.raises(NotImplementedError):
+            known["index" if name == "mask" else name](*args)
+    env = diffsim.make("cartpole", 3, compile=False)
+    with pytest.raises(ValueError, match="the numbers of environments differ: qpos 3, qvel 2, ctrl 3"):
+        env.physics.step(env.qpos, env.qvel[:, :2], torch.zeros(1, 3))
+
+
 CUDA = """#include <cmath>
 #include <cstring>
 #define __CUDACC__
