@@ -219,7 +219,7 @@ VARIANTS = {  # tables of by_variant
     ),
     "trials": ("seed > 100", "task, algorithm, trial, setting, seed, evaluations, minutes"),
     "model": (
-        "algorithm == 'RP-PGM' and not tag.str.startswith('lab')",
+        "algorithm == 'RP-PGM' and seed < 100 and not tag.str.startswith('lab')",
         "task, setting, steps, seeds, return, best evaluation, minutes, PPO in these steps",
     ),
 }
