@@ -8,6 +8,7 @@ Runs that differ in their seed are one curve: mean and range.
 
 import signal
 import sys
+import textwrap
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -44,7 +45,8 @@ def draw(panels: Panels, path: Path, y: str = "episodic_return", axes_x=("global
                 color = f"C{ALGORITHMS.index(label) if label in ALGORITHMS else i}"
                 grid = np.linspace(0, end(seed[key].max() for seed in seeds), 300)  # who is through keeps its return
                 ys = np.stack([np.interp(grid, seed[key], seed[y], np.nan) for seed in seeds])
-                axis.plot(grid / scale, ys.mean(0), color=color, label=f"{label} ({len(seeds)})")
+                text = "\n".join(textwrap.wrap(label, 44, max_lines=3, placeholder=" ..."))
+                axis.plot(grid / scale, ys.mean(0), color=color, label=f"{text} ({len(seeds)})")
                 axis.fill_between(grid / scale, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
             axis.set(xlabel="minutes" if scale == 60 else "million environment steps", xlim=(0, None))
         column[0].set_title(title)
