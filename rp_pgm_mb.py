@@ -111,7 +111,7 @@ class Args(RunArgs):
     eval_every: Natural = 10_000
     """environment steps between evaluations of the deterministic policy; 0: only at the end"""
     eval_episodes: Few = 10
-    """episodes of an evaluation (at most num_envs on diffsim)"""
+    """episodes of an evaluation"""
     log_every: Count = 1_000
     """environment steps between rows of metrics.csv"""
     save_every: Count = 25_000

@@ -60,7 +60,7 @@ class RunArgs:
     eval_every: Natural = 500_000
     """environment steps between evaluations of the deterministic policy; 0: only at the end"""
     eval_episodes: Few = 64
-    """episodes of an evaluation (at most num_envs on diffsim)"""
+    """episodes of an evaluation"""
     eval_physics: bool = False
     """evaluate on the other engine too"""
     save_every: Count = 250_000

@@ -162,15 +162,13 @@ class Evaluator:
     def __init__(self, args):
         known = dict(device=args.device, compile=args.compile, physics=args.physics)
         known |= {name: getattr(args, name) for name in ("stiffness", "smoothing") if hasattr(args, name)}
-        # diffsim's step is compiled for num_envs; others run any number
         self.episodes = ranks.share(args.eval_episodes)
-        batch = ranks.share(args.num_envs) if args.physics == "diffsim" else max(1, self.episodes)
-        self.env, self.others = diffsim.make(args.env, batch, **known), {}
+        self.env, self.others = diffsim.make(args.env, max(1, self.episodes), **known), {}
         if args.eval_physics:
             if args.physics == "gymnasium" and args.env not in diffsim.TASKS:
                 raise ValueError(f"--eval-physics: {args.env} runs on gymnasium only")
             other = "mujoco" if args.physics == "diffsim" else "diffsim"
-            self.others[other] = diffsim.make(args.env, max(1, self.episodes), physics=other, compile=False)
+            self.others[other] = diffsim.make(args.env, max(1, self.episodes), physics=other, compile=args.compile)
 
     def __call__(self, policy) -> dict[str, torch.Tensor]:
         """Numbers by TensorBoard tag, of all processes' episodes."""
