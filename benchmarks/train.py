@@ -3,6 +3,7 @@
     python benchmarks/train.py --envs ant --scripts shac rpo_diffsim --seeds 1 2 3
     python benchmarks/train.py --envs ant --scripts rpo_diffsim --tag no-kl --flags="--kl-coef 0"
     python benchmarks/train.py --envs ant --scripts shac --results benchmarks    # into the committed CSVs
+    python benchmarks/train.py --all --results benchmarks --since v1.0           # all that is older than v1.0
 
 A run <env>__<script>[-<tag>]__<seed> is a row of runs.csv and at most 200 of curves.csv.gz in the folder --results. Its
 final policy is played there too: 10 episodes on each engine that has the task, 64 on MuJoCo to count falls. Runs that
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -38,6 +39,25 @@ ALGORITHMS = {"rpo_diffsim": "RPO", "shac": "SHAC", "ppo_baseline": "PPO", "rp_p
 CURVES = ["global_step", "wall_time_s", "episodic_return", "eval_return", "norm_before_clip", "kl"]
 EPISODES, EPISODES_TO_FALL, POINTS = 10, 64, 200  # points of a curve
 
+SAPO = (  # as in the first lines of shac.py
+    "--entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 --no-target-critic --activation silu "
+    "--weight-decay 0.01 --max-grad-norm 0.5"
+)
+IDS, ON_MUJOCO = "HalfCheetah-v5 Walker2d-v5 Hopper-v5 Ant-v5 Humanoid-v5", "--physics mujoco"
+PLAN = [  # what --all runs, in this order: tasks, scripts, number of seeds, tag, flags
+    (IDS, "rpo_diffsim", 5, "", ""),
+    ("hopper walker ant", "rpo_diffsim", 5, "mujoco", ON_MUJOCO),
+    ("anymal cheetah humanoid cartpole", "rpo_diffsim", 3, "mujoco", ON_MUJOCO),
+    (IDS, "ppo_baseline", 3, "", ""),
+    ("hopper walker ant anymal cheetah humanoid cartpole", "ppo_baseline shac", 3, "mujoco", ON_MUJOCO),
+    ("ant anymal humanoid hopper", "rpo_diffsim shac ppo_baseline", 5, "", ""),
+    ("ant anymal humanoid hopper", "shac", 5, "sapo", SAPO),
+    ("walker cheetah cartpole", "rpo_diffsim shac ppo_baseline", 3, "", ""),
+    ("walker cheetah cartpole hand", "shac", 3, "sapo", SAPO),
+    ("hand", "rpo_diffsim", 5, "", ""),
+    ("hand", "shac ppo_baseline", 3, "", ""),
+]
+
 
 @dataclass
 class Args:
@@ -55,6 +75,12 @@ class Args:
     """folder of runs.csv and curves.csv.gz; `benchmarks` holds those of the READMEs"""
     again: bool = False
     """train again what --results has, and replace it"""
+    since: str = ""
+    """train again what was trained by a commit that is neither this one nor comes after it"""
+    all: bool = False
+    """the runs of PLAN in train.py, instead of those of envs, scripts, seeds, flags and tag"""
+    part: tuple[int, int] = (1, 1)
+    """i n: the i-th of n parts of the runs, for n of these programs side by side, each with --results of its own"""
 
 
 # --- one run ------------------------------------------------------------------------------------------------------
@@ -144,6 +170,19 @@ def put(path: Path, new: pd.DataFrame, digits: int):
     os.replace(temporary, path)
 
 
+def variants(args: Args) -> list[Args]:
+    """args, or with --all those of each row of PLAN."""
+    keys = "envs", "scripts", "seeds", "tag", "flags"
+    rows = [(envs.split(), scripts.split(), range(1, 1 + seeds), *more) for envs, scripts, seeds, *more in PLAN]
+    return [replace(args, **dict(zip(keys, row))) for row in rows] if args.all else [args]
+
+
+def descends(commit: str, since: str) -> bool:
+    """Whether a row's commit is `since` or comes after it."""
+    asked = ["git", "merge-base", "--is-ancestor", since, commit.removesuffix("+dirty")]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True).returncode == 0
+
+
 def planned(args: Args) -> list[dict]:
     """The runs that --results does not have. Bad input ends the program with one line."""
     flags = " ".join(args.flags.split())
@@ -151,24 +190,43 @@ def planned(args: Args) -> list[dict]:
         sys.exit("train.py: --tag names the variant that --flags make: give both, or neither; no __ in it")
     known, jobs = read(args.results / "runs.csv"), []
     done = dict(zip(known.run, known.get("flags", [])))
+    commits = dict(zip(known.run, known.get("commit", [])))
     for env, seed, script in product(args.envs, args.seeds, args.scripts):
         if not (ROOT / f"{script}.py").exists():
             sys.exit(f"train.py: there is no {script}.py")
         name = f"{env.split(':')[-1]}__{script}{args.tag and '-' + args.tag}__{seed}"
-        if done.get(name, flags) != flags:
+        other = done.get(name, flags) != flags
+        if other and not args.all:
             sys.exit(f"train.py: {args.results} has {name} with flags '{done[name]}'; use another --tag")
-        if name in done and not args.again:
-            print(f"{name}: {args.results} has it; --again replaces it", flush=True)
+        stale = args.again or other or args.since and not descends(commits.get(name, ""), args.since)
+        if name in done and not stale:
+            args.all or print(f"{name}: {args.results} has it; --again replaces it", flush=True)
             continue
         algorithm = "SAPO" if "--learn-entropy-coef" in flags else ALGORITHMS.get(script, script)
         jobs.append(dict(run=name, env=env, script=script, algorithm=algorithm, tag=args.tag, seed=seed, flags=flags))
     return jobs
 
 
+def duration(jobs: list[dict]) -> str:
+    """What the committed runs let expect."""
+    keys = ["env", "script", "tag"]
+    known = pd.read_csv(ROOT / "benchmarks" / "runs.csv", keep_default_na=False, na_values={"minutes": [""]})
+    minutes = known.groupby(keys).minutes.median().to_dict()
+    spent = [minutes.get(tuple(job[key] for key in keys)) for job in jobs]
+    return f"{len(jobs)} runs, {sum(filter(None, spent)) / 60:.1f} hours, and {spent.count(None)} of unknown length"
+
+
 def main(args: Args):
     torch.set_num_threads(1)
+    if args.since and not descends("HEAD", args.since):
+        sys.exit(f"train.py: --since {args.since} is no commit that HEAD comes after")
+    if not 1 <= args.part[0] <= args.part[1]:
+        sys.exit(f"train.py: --part {args.part[0]} {args.part[1]} is no part; the first of two is --part 1 2")
+    jobs = [job for variant in variants(args) for job in planned(variant)][args.part[0] - 1 :: args.part[1]]
+    if args.all:
+        print(f"{duration(jobs)}; stop at any time, the same command goes on", flush=True)
     failed = []
-    for job in planned(args):
+    for job in jobs:
         folder = train(job)
         if folder is None:
             failed.append(job["run"])

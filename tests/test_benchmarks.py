@@ -96,7 +96,7 @@ def test_benchmarks_stay_small():
     assert len(files) <= 22
     assert max(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 250
     assert sum(path.stat().st_size for path in files) <= 3e6
-    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 1350
+    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 1410
 
 
 # --- several runs -------------------------------------------------------------------------------------------------
@@ -332,6 +332,36 @@ def test_train_leaves_results_that_are_there(trained, tmp_path):
     lines, after = before[tmp_path / "runs.csv"].splitlines(), (tmp_path / "runs.csv").read_bytes().splitlines()
     assert trained == ["ant__shac__1"] and len(after) == len(lines)
     assert [x.split(b",")[0] for x, y in zip(lines, after) if x != y] == [b"ant__shac__1"]
+
+
+def test_train_all_goes_on_and_makes_old_rows_anew(trained, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "PLAN", [("ant hopper", "shac", 2, "", ""), ("ant", "shac", 1, "sapo", "--gamma .9")])
+    monkeypatch.setattr(train, "descends", lambda commit, since: commit == since)
+    everything = dict(all=True, results=tmp_path / "results", envs=("cartpole",))
+    train.main(train.Args(**everything, part=(2, 2)))
+    assert trained == ["ant__shac__2", "hopper__shac__2"]
+    train.main(train.Args(**everything))
+    assert trained[2:] == ["ant__shac__1", "hopper__shac__1", "ant__shac-sapo__1"]
+    assert re.search(r"^2 runs, 0\.\d hours", capsys.readouterr().out)
+    train.main(train.Args(**everything, since="HEAD"))  # all are of commit 1234567
+    assert len(trained) == 10 and len(pd.read_csv(tmp_path / "results" / "runs.csv")) == 5
+    monkeypatch.setattr(train, "descends", lambda commit, since: True)
+    train.main(train.Args(**everything, since="HEAD"))
+    train.PLAN[1] = ("ant", "shac", 1, "sapo", "--gamma .8")  # the plan has changed
+    train.main(train.Args(**everything))
+    assert trained[10:] == ["ant__shac-sapo__1"]
+
+
+def test_train_all_has_every_task_once(tmp_path):
+    jobs = [job for args in train.variants(train.Args(all=True, results=tmp_path)) for job in train.planned(args)]
+    assert len({job["run"] for job in jobs}) == len(jobs) and {job["env"] for job in jobs} == {*TASKS} - {"push"}
+
+
+@pytest.mark.parametrize("flags", [dict(since="no-such-commit"), dict(part=(3, 2)), dict(part=(0, 1))])
+def test_train_refuses_another_commit_or_part_in_one_line(flags, trained, tmp_path):
+    with pytest.raises(SystemExit, match="train.py: --(since|part) ") as error:
+        train.main(train.Args(results=tmp_path, **flags))
+    assert trained == [] and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("flags", [dict(flags="--gamma 0.9"), dict(tag="gamma"), dict(flags="--gamma 0.9", tag="sapo")])
