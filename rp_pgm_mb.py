@@ -10,9 +10,9 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
 and replay buffer are soft actor-critic's (Haarnoja et al. 2018, arXiv 1812.05905); with --unroll 0 this is that.
+Not the paper's: --expand-critic and --imagined-steps, with which the critics keep up with the policy.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
-    python rp_pgm_mb.py --env Hopper-v5 --gradient dr --no-spectral-norm
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
 """
 
@@ -30,9 +30,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
-from diffsim.graphs import compiler
+from diffsim.graphs import compiler, update_spectral_norm
 from diffsim.play import Evaluator
-from diffsim.replay import ReplayBuffer
+from diffsim.replay import ReplayBuffer, Rollouts
 from diffsim.run import Run
 
 # isort: split
@@ -56,8 +56,10 @@ class Args(RunArgs):
     """estimator of the policy gradient: see the first lines of this file"""
     unroll: Natural = 3
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic"""
-    expand_critic: bool = False
+    expand_critic: bool = True
     """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
+    imagined_steps: Natural = 20
+    """length of the policy's roll-outs in the model, which half of a batch is from (MBPO, arXiv 1906.08253); 0: none"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
     power_iterations: Few = 5
@@ -88,8 +90,8 @@ class Args(RunArgs):
     """gradients of model and policy are scaled down to this norm"""
     gamma: Fraction = 0.99
     """discount factor"""
-    tau: Fraction = 0.005
-    """step of the target critics towards the critics at each update"""
+    tau: Fraction = 0.02
+    """step of the target critics towards the critics at each update (the paper: 0.005)"""
     policy_average: Fraction = 0.001
     """step towards the policy of the average that is evaluated and saved, at first a plain mean; 1: the policy"""
     entropy_coef: Rate = 0.1
@@ -109,13 +111,9 @@ class Args(RunArgs):
     log_std_init: Number = -1.0
     """initial log standard deviation of the policy, before the tanh; always kept between -5 and 2"""
     eval_every: Natural = 10_000
-    """environment steps between evaluations of the deterministic policy; 0: only at the end"""
-    eval_episodes: Few = 10
-    """episodes of an evaluation"""
     log_every: Count = 1_000
     """environment steps between rows of metrics.csv"""
     save_every: Count = 25_000
-    """environment steps between checkpoints, replay buffer included"""
 
 
 # What differs from Args for an environment or an engine; flags on the command line win.
@@ -123,7 +121,7 @@ DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
     "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0),  # entropy: MBPO's
     "HalfCheetah-v5": dict(total_timesteps=200_000),
-    "on diffsim": dict(num_envs=16, eval_episodes=16),  # the simulator is at its best with many
+    "on diffsim": dict(num_envs=16),  # the simulator is at its best with many
 }
 
 
@@ -137,14 +135,6 @@ def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequen
         nn.init.zeros_(linear.bias)
         layers += [spectral_norm(linear, "weight", args.power_iterations) if k in normalized else linear, nn.ReLU()]
     return nn.Sequential(*layers[:-1]).eval()
-
-
-@torch.no_grad()
-def update_spectral_norm(net: nn.Sequential):
-    """Power iterations on weights that have changed; at other times (eval mode) u and v of the estimate stay."""
-    for layer in filter(nn.utils.parametrize.is_parametrized, net.train()):
-        layer.weight  # noqa: B018  computing it iterates
-    net.eval()
 
 
 def squashed_log_prob(policy: Normal, u):
@@ -240,6 +230,9 @@ class Normalizer(nn.Module):
     def forward(self, obs):
         return (obs - self.mean) * torch.rsqrt(self.var + 1e-5)
 
+    def inverse(self, z):
+        return self.mean + z * (self.var + 1e-5).sqrt()
+
     @torch.no_grad()
     def update(self, obs):
         """Merge the moments of a batch (Chan et al. 1979)."""
@@ -300,15 +293,12 @@ def predicted_step(model, i, z, action):
 
 def real_step(model, segment, i, z, action):
     """dr: the recorded next state, reward and end; only their derivatives are the model's."""
-
-    def real(x, derivative):
-        return x + (derivative - derivative.detach())
-
-    terminated = segment["terminated"][i]
-    z_next = real(segment["z_next"][i], model.step(z, action))
+    terminated, predicted = segment["terminated"][i], model.step(z, action)
+    z_next = segment["z_next"][i] + (predicted - predicted.detach())
     reward, logit = model.outcome(z, action, z_next)
-    goes_on = real((~terminated).to(z.dtype), torch.sigmoid(logit))
-    return z_next, real(segment["reward"][i], reward), goes_on, terminated | segment["truncated"][i]
+    predicted, recorded = torch.stack([reward, torch.sigmoid(logit)]), (segment["reward"][i], (~terminated).to(z.dtype))
+    reward, goes_on = torch.stack(recorded) + (predicted - predicted.detach())
+    return z_next, reward, goes_on, terminated | segment["truncated"][i]
 
 
 def score_surrogate(actor, critic, visited: list, alpha: float):
@@ -328,11 +318,8 @@ def score_surrogate(actor, critic, visited: list, alpha: float):
 
 
 def truncated_weights(log_ratio, ended):
-    """(B,), of mean 1: probability of a segment's actions under the policy by that when recorded, at most 1.
-
-    Both arguments are (h, B); actions after the segment's episode ended are another episode's and do not count.
-    """
-    running = torch.cat([torch.ones_like(ended[:1]), ~ended[:-1]]).cumprod(0)
+    """(B,), of mean 1: probability of a segment's actions (h, B) under the policy by that when recorded, at most 1."""
+    running = torch.cat([torch.ones_like(ended[:1]), ~ended[:-1]]).cumprod(0)  # what follows is another episode's
     weight = torch.where(running > 0, log_ratio, 0.0).sum(0).clamp(max=0.0).exp()
     return weight / weight.mean().clamp_min(1e-3)
 
@@ -399,11 +386,12 @@ if __name__ == "__main__":
     temperature = nn.ParameterList([torch.tensor(args.entropy_coef).log()]).to(env.device)
     temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate * args.learn_entropy_coef)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs)
+    rollouts = Rollouts(8 * args.batch_size, args.imagined_steps, env.detach())
     run.restore(
         policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, model_optimizer=model_optimizer,
-        temperature_optimizer=temperature_optimizer)  # fmt: skip
+        temperature_optimizer=temperature_optimizer, rollouts=rollouts)  # fmt: skip
     if args.resume and args.physics == "gymnasium":
         buffer.data["truncated"][(buffer.count - 1) % buffer.capacity] = True  # its episodes start anew
 
@@ -426,12 +414,19 @@ if __name__ == "__main__":
         differentiate(sum(losses), model, args.max_grad_norm)
         return torch.stack(losses).detach()
 
+    @compiled
+    def imagine(obs, noise):  # what the policy does in the model
+        with torch.no_grad():
+            action, _, u = actor(z := normalizer(obs), noise)
+            z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
+        return dict(obs=obs, u=u, reward=reward, final_obs=normalizer.inverse(z_next), goes_on=goes_on)
+
     def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
         batch, step = normalized(normalizer, sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha)
-            target = batch["reward"] + args.gamma * ~batch["terminated"] * next_value
+            target = batch["reward"] + args.gamma * batch["goes_on"] * next_value
         value_loss = (critic(batch["z"], torch.tanh(batch["u"])) - target).square().mean(1).sum()
         differentiate(value_loss, critic)
         return value_loss.detach(), target.mean()
@@ -453,7 +448,7 @@ if __name__ == "__main__":
                 action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
-            buffer.add(**transition, terminated=terminated, truncated=truncated)
+            buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
             note(obs, reward, info["final_obs"])
         run.episodes(info)
         obs = next_obs
@@ -463,8 +458,7 @@ if __name__ == "__main__":
         n = run.global_step - args.learning_starts
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
-                segment = buffer.sample(args.batch_size)
-                batch = {k: x[0] for k, x in segment.items()}
+                batch = {k: x[0] for k, x in buffer.sample(args.batch_size).items()}
                 losses = model_gradient(batch)
                 model_optimizer.step()
                 update_spectral_norm(model.dynamics)
@@ -472,13 +466,18 @@ if __name__ == "__main__":
 
             alpha, h = temperature[0].detach().exp(), args.unroll if run.global_step > args.model_warmup else 0
             fit, ascend, gradient = (*long, args.gradient) if h else (*short, "dp")
+            if h and args.imagined_steps:
+                recorded, starts = batch["obs"].tensor_split(2)
+                step = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), starts)
+                batch = {k: torch.cat([batch[k][: len(recorded)], x]) for k, x in step.items()}
             value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, args.batch_size, act_dim), alpha)
             critic_optimizer.step()
             run.lap("critic")
 
             if (update + 1) % args.policy_frequency:
                 continue
-            segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else segment
+            now = {k: x[None] for k, x in batch.items()}
+            segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else now
             policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, args.batch_size, act_dim), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()

@@ -1,4 +1,4 @@
-"""Functions of tensors compiled by torch.compile, gradients inside, kept on disk."""
+"""Functions of tensors compiled by torch.compile, gradients inside, kept on disk; weights that they find normalised."""
 
 import os
 import sys
@@ -40,3 +40,12 @@ def compiler(wanted: bool):
         return call
 
     return compiled
+
+
+@torch.no_grad()
+def update_spectral_norm(net: torch.nn.Sequential):
+    """Power iterations on weights that have changed; at other times (eval mode) u and v of the estimate stay, so that
+    a weight is the same number wherever a graph uses it."""
+    for layer in filter(torch.nn.utils.parametrize.is_parametrized, net.train()):
+        layer.weight  # noqa: B018  computing it iterates
+    net.eval()

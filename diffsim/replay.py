@@ -38,3 +38,30 @@ class ReplayBuffer:
         for k, x in state["data"].items():
             self.data[k] = x.new_zeros(self.capacity, *x.shape[1:])
             self.data[k][: len(x)] = x
+
+
+class Rollouts:
+    """Roll-outs in a learned model, `size` of them, each of which begins anew after `length` steps or at an end."""
+
+    def __init__(self, size: int, length: int, obs: torch.Tensor):
+        """obs (N, obs_dim): like the states to come."""
+        self.length, self.obs = length, obs.new_zeros(size, obs.shape[1])
+        self.age = torch.full((size,), length, device=obs.device)
+
+    def step(self, model, starts: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step of as many as there are starts (B, obs_dim), where those that are over begin: what `model`, a
+        function of states (B, obs_dim), says of it, `final_obs` and the probability `goes_on` (B,) among it."""
+        index = torch.randperm(len(self.age), device=starts.device)[: len(starts)]
+        over = self.age[index] >= self.length
+        step = model(torch.where(over[:, None], starts, self.obs[index]))
+        ended = torch.rand_like(step["goes_on"]) > step["goes_on"]
+        self.obs[index] = step["final_obs"]
+        self.age[index] = torch.where(ended, self.length, torch.where(over, 0, self.age[index]) + 1)
+        return step
+
+    def state_dict(self):
+        return dict(obs=self.obs, age=self.age)
+
+    def load_state_dict(self, state):
+        self.obs.copy_(state["obs"])
+        self.age.copy_(state["age"])

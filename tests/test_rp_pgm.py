@@ -200,6 +200,30 @@ def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
     assert all(torch.equal(x, other.data[k]) for k, x in buffer.data.items()) and other.count == 25
 
 
+def test_rollouts_go_on_for_so_many_steps_or_to_an_end():
+    torch.manual_seed(1)
+    rollouts, lengths = rp.Rollouts(8, 3, torch.zeros(1, 2)), []
+
+    def model(obs):
+        """Counts its steps in the first number; where the second is 1, the episode ends."""
+        return dict(final_obs=obs + torch.tensor([1.0, 0.0]), goes_on=1 - obs[:, 1], obs=obs)
+
+    for i in range(60):
+        starts = torch.stack([torch.zeros(4), torch.full((4,), float(i % 2))], -1)
+        step = rollouts.step(model, starts)
+        lengths.append(step["obs"])
+        if i == 29:
+            saved = {k: x.clone() for k, x in rollouts.state_dict().items()}
+    age, ends = torch.cat(lengths).long().unbind(1)
+    for counts, n in (
+        (age[ends == 0].bincount(), 3),
+        (age[ends == 1].bincount(), 1),
+    ):  # all ages alike
+        assert len(counts) == n and counts.max() < 1.3 * counts.min()
+    rollouts.load_state_dict(saved)
+    assert torch.equal(rollouts.obs, saved["obs"]) and torch.equal(rollouts.age, saved["age"])
+
+
 def test_truncated_weights_forget_the_next_episode():
     log_ratio = torch.tensor([[-1.0, 0.5, -1.0], [-2.0, 0.5, -2.0], [-4.0, 0.5, -4.0]]).double()
     ended = torch.zeros(3, 3, dtype=torch.bool)
@@ -228,7 +252,8 @@ def singular_values(net):
 
 
 def test_spectral_norm_after_training(tmp_path):
-    flags = "--batch-size 64 --model-learning-rate 3e-4 --actor-hidden 64 64 64 --stop-after 150".split()
+    flags = "--batch-size 64 --model-learning-rate 3e-4 --actor-hidden 64 64 64 --power-iterations 20".split()
+    flags += ["--stop-after", 150]
     run_script("rp_pgm_mb.py", "--env", "Pendulum-v1", *TINY, *flags, "--run-dir", tmp_path)
     checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
     args = rp.Args(**checkpoint["args"])
@@ -339,7 +364,8 @@ def test_the_lab_measures_every_estimator(tmp_path):
     from benchmarks import gradients
 
     for env in ("cartpole", "Pendulum-v1"):
-        run_script("rp_pgm_mb.py", "--env", env, *TINY, "--stop-after", 30, "--run-dir", tmp_path / "runs")
+        flags = ["--env", env, *TINY, "--imagined-steps", 0, "--stop-after", 30]
+        run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "runs")
     lab = dict(horizons=(1, 4), draws=3, batch=4, out=tmp_path / "probes.csv")
     for _ in range(2):  # the second time in the place of the first
         gradients.main(gradients.Args(tuple((tmp_path / "runs").iterdir()), **lab))
