@@ -59,7 +59,7 @@ class Args(RunArgs):
     expand_critic: bool = True
     """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
     imagined_steps: Natural = 20
-    """length of the policy's roll-outs in the model, which half of a batch is from (MBPO, arXiv 1906.08253); 0: none"""
+    """steps of the policy's roll-outs in the model, where as many samples again are from (MBPO, 1906.08253); 0: none"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
     power_iterations: Few = 5
@@ -467,10 +467,9 @@ if __name__ == "__main__":
             alpha, h = temperature[0].detach().exp(), args.unroll if run.global_step > args.model_warmup else 0
             fit, ascend, gradient = (*long, args.gradient) if h else (*short, "dp")
             if h and args.imagined_steps:
-                recorded, starts = batch["obs"].tensor_split(2)
-                step = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), starts)
-                batch = {k: torch.cat([batch[k][: len(recorded)], x]) for k, x in step.items()}
-            value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, args.batch_size, act_dim), alpha)
+                step = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), batch["obs"])
+                batch = {k: torch.cat([batch[k], x]) for k, x in step.items()}
+            value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, len(batch["u"]), act_dim), alpha)
             critic_optimizer.step()
             run.lap("critic")
 
@@ -478,7 +477,8 @@ if __name__ == "__main__":
                 continue
             now = {k: x[None] for k, x in batch.items()}
             segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else now
-            policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, args.batch_size, act_dim), alpha)
+            noise = randn(h + 1, *segment["u"].shape[1:])
+            policy_loss, entropy, grad_norm = ascend(gradient, segment, noise, alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
                 update_spectral_norm(actor.net)
