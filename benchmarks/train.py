@@ -56,6 +56,7 @@ PLAN = [  # what --all runs, in this order: tasks, scripts, number of seeds, tag
     ("walker cheetah cartpole hand", "shac", 3, "sapo", SAPO),
     ("hand", "rpo_diffsim", 5, "", ""),
     ("hand", "shac ppo_baseline", 3, "", ""),
+    ("Hopper-v5 HalfCheetah-v5 Walker2d-v5 Ant-v5", "rp_pgm_mb", 5, "", ""),
 ]
 
 
