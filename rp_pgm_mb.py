@@ -9,7 +9,7 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
     lr  likelihood ratio: the score function on the model's trajectories, no derivative of the model
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
-and replay buffer are soft actor-critic's (Haarnoja et al. 2018, arXiv 1812.05905); with --unroll 0 this is that.
+and replay buffer are soft actor-critic's (Haarnoja et al. 2018, arXiv 1812.05905): --unroll 0 --tau 0.005 is just that.
 Not the paper's: --expand-critic and --imagined-steps, with which the critics keep up with the policy.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
