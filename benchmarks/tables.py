@@ -220,7 +220,7 @@ VARIANTS = {  # tables of by_variant
     "trials": ("seed > 100", "task, algorithm, trial, setting, seed, evaluations, minutes"),
     "model": (
         "algorithm == 'RP-PGM' and seed < 100 and not tag.str.startswith('lab')",
-        "task, setting, steps, seeds, return, best evaluation, minutes, PPO in these steps",
+        "task, setting, steps, seeds, return, best evaluation, lowest since half-way, minutes, PPO in these steps",
     ),
 }
 TABLES = {name: partial(by_variant, *what) for name, what in VARIANTS.items()}
