@@ -59,12 +59,14 @@ class Lab:
             sys.exit(f"gradients.py: {run} is no run folder of rp_pgm_mb.py with a checkpoint.pt")
         sizes = data["obs"].shape[-1], data["u"].shape[-1]
         self.actor = rp.Actor(*sizes, self.args)
-        self.model = rp.Model(*sizes, replace(self.args, spectral_norm=False))  # the average, which is expanded
+        self.mean_model = rp.Model(
+            *sizes, replace(self.args, spectral_norm=False)
+        )  # the policy's gradient is through it
         self.critic, self.normalizer = rp.Critics(*sizes, self.args), rp.Normalizer(sizes[0])
         self.buffer = rp.ReplayBuffer(self.args.buffer_size, self.args.num_envs)
-        for name in ("actor", "model", "critic", "normalizer", "buffer"):
+        for name in ("actor", "mean_model", "critic", "normalizer", "buffer"):
             part = getattr(self, name)
-            part.load_state_dict(checkpoint["mean_model" if name == "model" else name])
+            part.load_state_dict(checkpoint[name])
             if isinstance(part, torch.nn.Module):
                 part.eval()
         self.global_step, self.alpha = checkpoint["global_step"], float(checkpoint["temperature"]["0"].exp())
@@ -117,7 +119,7 @@ class Lab:
         if self.env is not None:
             grads, segment = self.through_the_simulator(noise)
         for name in ("dp", "dr", "lr"):
-            inputs = (name, self.actor, self.model, self.critic, segment, noise, self.args.gamma, self.alpha)
+            inputs = (name, self.actor, self.mean_model, self.critic, segment, noise, self.args.gamma, self.alpha)
             grads[name] = self.flat_grad(rp.objective(*inputs)[0])
         return grads | dict(parts=self.parts(segment["z"][0], noise))
 
@@ -125,7 +127,7 @@ class Lab:
         """(h + 1, number of parameters): dp's gradient by its actions, from as many copies of the policy."""
         copies = [copy.deepcopy(self.actor) for _ in noise]
         turns = iter(copies)
-        step = partial(rp.predicted_step, self.model)
+        step = partial(rp.predicted_step, self.mean_model)
         value, _, _ = rp.expansion(
             lambda z, eps: next(turns)(z, eps), self.critic, step, z, noise, self.args.gamma, self.alpha
         )
