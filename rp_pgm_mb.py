@@ -10,7 +10,7 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
 and replay buffer are soft actor-critic's (Haarnoja et al. 2018, arXiv 1812.05905): --unroll 0 --tau 0.005 is just that.
-Not the paper's: --expand-critic and --imagined-steps, so that critics keep up with the policy; --model-average.
+Not the paper's: --expand-critic and --imagined-steps, with which the critics keep up with the policy.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -74,8 +74,6 @@ class Args(RunArgs):
     """updates of the model in such an update (the paper: 4)"""
     policy_frequency: Count = 2
     """updates of model and critic to one of the policy"""
-    model_average: Fraction = 0.005
-    """step towards the model of the average that is expanded, at first a plain mean; 1: the model"""
     batch_size: Count = 128
     """samples of an update"""
     dr_recent: Count = 10_000
@@ -175,12 +173,12 @@ class Actor(nn.Module):
 
 
 @torch.no_grad()
-def move_average(average: nn.Module, module: nn.Module, rate: float):
-    """Move the layers of an average, which have plain weights, towards those of a module, normalised where they are."""
-    layers = ([x for x in net.modules() if isinstance(x, nn.Linear)] for net in (average, module))
-    for mean, layer in zip(*layers):
-        mean.weight.lerp_(layer.weight, rate)
-        mean.bias.lerp_(layer.bias, rate)
+def move_average(average: Actor, actor: Actor, rate: float):
+    """Move an average, which has plain weights, towards the normalised weights of the policy."""
+    for mean, layer in zip(average.net, actor.net):
+        if not isinstance(layer, nn.ReLU):
+            mean.weight.lerp_(layer.weight, rate)
+            mean.bias.lerp_(layer.bias, rate)
 
 
 class Critics(nn.Module):
@@ -304,12 +302,15 @@ def real_step(model, segment, i, z, action):
 
 
 def score_surrogate(actor, critic, visited: list, alpha: float):
-    """(B,) whose gradient is the score function's: log pi(a_i | s_i) times what followed, less a baseline."""
+    """(B,) whose gradient is the score function's: log pi(a_i | s_i) times what followed, less a baseline.
+
+    The baseline is the critic's value of another action in the same state: independent of a_i, so without bias.
+    """
     surrogate = following = 0.0
     for step in reversed(visited):
         following = following + step["gain"]
         with torch.no_grad():
-            other, log_prob, _ = actor(step["z"], torch.randn_like(step["u"]))  # independent of a_i: no bias
+            other, log_prob, _ = actor(step["z"], torch.randn_like(step["u"]))
             baseline = step["weight"] * (critic(step["z"], other).amin(0) - alpha * log_prob)
             advantage = torch.where(step["counts"], following - baseline, 0.0)
         surrogate = surrogate + actor.log_prob(step["z"], step["u"]) * advantage
@@ -378,8 +379,6 @@ if __name__ == "__main__":
     normalizer, changes, rewards = (Normalizer(dim).to(env.device) for dim in (obs_dim, obs_dim, 1))
     average = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device).requires_grad_(False)
     move_average(average, actor, 1.0)
-    mean_model = Model(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device).requires_grad_(False)
-    mean_model.change, mean_model.reward = model.change, model.reward
     policy = DeterministicPolicy(normalizer, average, env.single_action_space).to(env.device)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, fused=True)
@@ -392,7 +391,7 @@ if __name__ == "__main__":
         policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, model_optimizer=model_optimizer,
-        temperature_optimizer=temperature_optimizer, rollouts=rollouts, mean_model=mean_model)  # fmt: skip
+        temperature_optimizer=temperature_optimizer, rollouts=rollouts)  # fmt: skip
     if args.resume and args.physics == "gymnasium":
         buffer.data["truncated"][(buffer.count - 1) % buffer.capacity] = True  # its episodes start anew
 
@@ -419,11 +418,11 @@ if __name__ == "__main__":
     def imagine(obs, noise):  # what the policy does in the model
         with torch.no_grad():
             action, _, u = actor(z := normalizer(obs), noise)
-            z_next, reward, goes_on, _ = predicted_step(mean_model, 0, z, action)
+            z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
         return dict(obs=obs, u=u, reward=reward, final_obs=normalizer.inverse(z_next), goes_on=goes_on)
 
     def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
-        batch, step = normalized(normalizer, sample), partial(predicted_step, mean_model)
+        batch, step = normalized(normalizer, sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha)
@@ -434,7 +433,7 @@ if __name__ == "__main__":
 
     def policy_gradient(gradient, segment, noise, alpha):
         segment = normalized(normalizer, segment)
-        value, entropy = objective(gradient, actor, mean_model, critic, segment, noise, args.gamma, alpha)
+        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     short, long = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
@@ -463,7 +462,6 @@ if __name__ == "__main__":
                 losses = model_gradient(batch)
                 model_optimizer.step()
                 update_spectral_norm(model.dynamics)
-                move_average(mean_model, model, max(args.model_average, 1 / (update + 1)))
             run.lap("model")
 
             alpha, h = temperature[0].detach().exp(), args.unroll if run.global_step > args.model_warmup else 0
@@ -479,7 +477,8 @@ if __name__ == "__main__":
                 continue
             now = {k: x[None] for k, x in batch.items()}
             segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else now
-            policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha)
+            noise = randn(h + 1, *segment["u"].shape[1:])
+            policy_loss, entropy, grad_norm = ascend(gradient, segment, noise, alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
                 update_spectral_norm(actor.net)

@@ -16,7 +16,7 @@ import copy
 import signal
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -58,13 +58,10 @@ class Lab:
         except (OSError, TypeError, KeyError):
             sys.exit(f"gradients.py: {run} is no run folder of rp_pgm_mb.py with a checkpoint.pt")
         sizes = data["obs"].shape[-1], data["u"].shape[-1]
-        self.actor = rp.Actor(*sizes, self.args)
-        self.mean_model = rp.Model(
-            *sizes, replace(self.args, spectral_norm=False)
-        )  # the policy's gradient is through it
+        self.actor, self.model = rp.Actor(*sizes, self.args), rp.Model(*sizes, self.args)
         self.critic, self.normalizer = rp.Critics(*sizes, self.args), rp.Normalizer(sizes[0])
         self.buffer = rp.ReplayBuffer(self.args.buffer_size, self.args.num_envs)
-        for name in ("actor", "mean_model", "critic", "normalizer", "buffer"):
+        for name in ("actor", "model", "critic", "normalizer", "buffer"):
             part = getattr(self, name)
             part.load_state_dict(checkpoint[name])
             if isinstance(part, torch.nn.Module):
@@ -119,7 +116,7 @@ class Lab:
         if self.env is not None:
             grads, segment = self.through_the_simulator(noise)
         for name in ("dp", "dr", "lr"):
-            inputs = (name, self.actor, self.mean_model, self.critic, segment, noise, self.args.gamma, self.alpha)
+            inputs = (name, self.actor, self.model, self.critic, segment, noise, self.args.gamma, self.alpha)
             grads[name] = self.flat_grad(rp.objective(*inputs)[0])
         return grads | dict(parts=self.parts(segment["z"][0], noise))
 
@@ -127,7 +124,7 @@ class Lab:
         """(h + 1, number of parameters): dp's gradient by its actions, from as many copies of the policy."""
         copies = [copy.deepcopy(self.actor) for _ in noise]
         turns = iter(copies)
-        step = partial(rp.predicted_step, self.mean_model)
+        step = partial(rp.predicted_step, self.model)
         value, _, _ = rp.expansion(
             lambda z, eps: next(turns)(z, eps), self.critic, step, z, noise, self.args.gamma, self.alpha
         )
