@@ -1,4 +1,4 @@
-"""Functions of tensors compiled by torch.compile, gradients inside, kept on disk; weights that they find normalised."""
+"""Functions of tensors compiled by torch.compile, gradients inside, kept on disk; spectral normalisation for them."""
 
 import os
 import sys
