@@ -59,7 +59,7 @@ class Args(RunArgs):
     expand_critic: bool = True
     """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
     imagined_steps: Natural = 20
-    """steps of the policy's roll-outs in the model, where as many samples again are from (MBPO, 1906.08253); 0: none"""
+    """steps of the policy's roll-outs in the model, which add as many samples again (MBPO, 1906.08253); 0: none"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
     power_iterations: Few = 5
@@ -363,7 +363,8 @@ if __name__ == "__main__":
     args = parse(Args, DEFAULTS, one_process=True)
     num_iterations = max(1, args.total_timesteps // args.num_envs)
     if not args.unroll < min(args.buffer_size, args.learning_starts) // args.num_envs < num_iterations:
-        fail("--learning-starts must lie above --unroll x --num-envs, as --buffer-size, and below --total-timesteps")
+        given = f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}"
+        fail(f"{given} must lie above --unroll x --num-envs, and the first below --total-timesteps")
     run = Run(args, num_iterations, args.num_envs, episodes=20)
 
     with one_line_errors():

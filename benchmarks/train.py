@@ -214,7 +214,7 @@ def duration(jobs: list[dict]) -> str:
     known = pd.read_csv(ROOT / "benchmarks" / "runs.csv", keep_default_na=False, na_values={"minutes": [""]})
     minutes = known.groupby(keys).minutes.median().to_dict()
     spent = [minutes.get(tuple(job[key] for key in keys)) for job in jobs]
-    return f"{len(jobs)} runs, {sum(filter(None, spent)) / 60:.1f} hours, and {spent.count(None)} of unknown length"
+    return f"{len(jobs)} runs, {sum(filter(None, spent)) / 60:.1f} hours, {spent.count(None)} of them of unknown length"
 
 
 def main(args: Args):
@@ -225,9 +225,10 @@ def main(args: Args):
         sys.exit(f"train.py: --part {args.part[0]} {args.part[1]} is no part; the first of two is --part 1 2")
     jobs = [job for variant in variants(args) for job in planned(variant)][args.part[0] - 1 :: args.part[1]]
     if args.all:
-        print(f"{duration(jobs)}; stop at any time, the same command goes on", flush=True)
+        print(f"{duration(jobs)}; the same command goes on after the last run that was over", flush=True)
     failed = []
     for job in jobs:
+        print(f"{job['run']}: training, its log is {FOLDERS / job['run'] / 'log.txt'}", flush=True)
         folder = train(job)
         if folder is None:
             failed.append(job["run"])
