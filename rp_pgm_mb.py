@@ -211,12 +211,19 @@ class Model(nn.Module):
         reward, logit = self.outcomes(torch.cat([z, action, z_next], -1)).unbind(-1)
         return self.reward[0] + self.reward[1] * reward, logit + 3.0  # few steps end an episode
 
-    def loss(self, z, action, reward, z_next, terminated):
-        """Squared errors of the next observation and of the reward, cross entropy of termination."""
+    def losses(self, batch: dict, ends: dict, share):
+        """Squared errors of the next observation and of the reward; cross entropy of termination.
+
+        That is of the batch's steps that go on, and of `ends`, a batch of those that do not, by their share: the mean
+        over all steps, but each fall, one of hundreds or thousands of steps, is seen often.
+        """
+        z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
         state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
-        predicted, logit = self.outcome(z, action, z_next)
-        reward_loss = ((predicted - reward) / self.reward[1]).square().mean()
-        return state_loss, reward_loss, nn.functional.binary_cross_entropy_with_logits(logit, (~terminated).float())
+        reward, logit = self.outcome(z, action, z_next)
+        reward_loss = ((reward - batch["reward"]) / self.reward[1]).square().mean()
+        _, at_end = self.outcome(ends["z"], torch.tanh(ends["u"]), ends["z_next"])
+        goes_on = torch.where(batch["terminated"], 0.0, nn.functional.softplus(-logit)).mean()
+        return state_loss, reward_loss, goes_on + share * nn.functional.softplus(at_end).mean()
 
 
 class Normalizer(nn.Module):
@@ -409,9 +416,8 @@ if __name__ == "__main__":
         model.reward.copy_(torch.cat([rewards.mean, rewards.var.sqrt() + 1e-6]))
 
     @compiled
-    def model_gradient(sample):  # one-step predictions
-        batch = normalized(normalizer, sample)
-        losses = model.loss(batch["z"], torch.tanh(batch["u"]), batch["reward"], batch["z_next"], batch["terminated"])
+    def model_gradient(sample, ends, share):  # one-step predictions
+        losses = model.losses(normalized(normalizer, sample), normalized(normalizer, ends), share)
         differentiate(sum(losses), model, args.max_grad_norm)
         return torch.stack(losses).detach()
 
@@ -460,7 +466,7 @@ if __name__ == "__main__":
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
                 batch = {k: x[0] for k, x in buffer.sample(args.batch_size).items()}
-                losses = model_gradient(batch)
+                losses = model_gradient(batch, *buffer.ends(args.batch_size))
                 model_optimizer.step()
                 update_spectral_norm(model.dynamics)
             run.lap("model")

@@ -9,6 +9,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, num_envs: int):
         self.capacity, self.num_envs, self.count = max(1, capacity // num_envs), num_envs, 0
         self.data: dict[str, torch.Tensor] = {}
+        self.ended: list[int] = []  # terminated steps: count * num_envs + environment
 
     def __len__(self):
         """Steps of each environment that are held."""
@@ -20,7 +21,10 @@ class ReplayBuffer:
             if k not in self.data:
                 self.data[k] = x.new_zeros(self.capacity, *x.shape)
             self.data[k][self.count % self.capacity] = x
+        self.ended += (self.count * self.num_envs + step["terminated"].nonzero().flatten()).tolist()
         self.count += 1
+        while self.ended and self.ended[0] < (self.count - len(self)) * self.num_envs:
+            self.ended.pop(0)
 
     def sample(self, size: int, length: int = 1, recent: int | None = None) -> dict[str, torch.Tensor]:
         """Segments of `length` successive steps, (length, size, ...), among the `recent` latest environment steps."""
@@ -30,6 +34,15 @@ class ReplayBuffer:
         env = torch.randint(self.num_envs, (size,)).expand(length, size)
         return {k: x[index, env] for k, x in self.data.items()}
 
+    def ends(self, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Of the terminated steps: (size, ...), and their share of all that are held; while there are none, any."""
+        share = torch.tensor(len(self.ended) / (len(self) * self.num_envs))
+        if not self.ended:
+            return {k: x[0] for k, x in self.sample(size).items()}, share
+        chosen = torch.tensor([self.ended[i] for i in torch.randint(len(self.ended), (size,)).tolist()])
+        index = chosen // self.num_envs % self.capacity, chosen % self.num_envs
+        return {k: x[index] for k, x in self.data.items()}, share
+
     def state_dict(self):
         return dict(count=self.count, data={k: x[: len(self)].clone() for k, x in self.data.items()})
 
@@ -38,6 +51,9 @@ class ReplayBuffer:
         for k, x in state["data"].items():
             self.data[k] = x.new_zeros(self.capacity, *x.shape[1:])
             self.data[k][: len(x)] = x
+        order = self.count - len(self) + torch.arange(len(self))
+        ended = self.data["terminated"][order % self.capacity]
+        self.ended = (order[:, None] * self.num_envs + torch.arange(self.num_envs))[ended].tolist()
 
 
 class Rollouts:
