@@ -212,11 +212,8 @@ class Model(nn.Module):
         return self.reward[0] + self.reward[1] * reward, logit + 3.0  # few steps end an episode
 
     def losses(self, batch: dict, ends: dict, share):
-        """Squared errors of the next observation and of the reward; cross entropy of termination.
-
-        That is of the batch's steps that go on, and of `ends`, a batch of those that do not, by their share: the mean
-        over all steps, but each fall, one of hundreds or thousands of steps, is seen often.
-        """
+        """Squared errors of the next observation and of the reward; cross entropy of termination: its mean over all
+        steps, but those that end, one of hundreds, come from a batch of their own and are seen often."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
         state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
         reward, logit = self.outcome(z, action, z_next)

@@ -221,6 +221,9 @@ def main(args: Args):
     torch.set_num_threads(1)
     if args.since and not descends("HEAD", args.since):
         sys.exit(f"train.py: --since {args.since} is no commit that HEAD comes after")
+    given = [key for key in ("envs", "scripts", "seeds", "flags", "tag") if getattr(args, key) != getattr(Args, key)]
+    if args.all and given:
+        sys.exit(f"train.py: --all has tasks, scripts and seeds of its own; leave out --{given[0]}")
     if not 1 <= args.part[0] <= args.part[1]:
         sys.exit(f"train.py: --part {args.part[0]} {args.part[1]} is no part; the first of two is --part 1 2")
     jobs = [job for variant in variants(args) for job in planned(variant)][args.part[0] - 1 :: args.part[1]]

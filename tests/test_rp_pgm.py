@@ -198,6 +198,29 @@ def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
     other = rp.ReplayBuffer(20, 2)
     other.load_state_dict(buffer.state_dict())
     assert all(torch.equal(x, other.data[k]) for k, x in buffer.data.items()) and other.count == 25
+    for one in buffer, other:
+        ends, share = one.ends(500)  # steps 16, 20 and 24 of the first environment
+        assert set(ends["obs"][:, 0].tolist()) == {16, 20, 24} and float(share) == pytest.approx(3 / 20)
+        assert ends["obs"].shape == (500, 1) and bool(ends["terminated"].all())
+
+
+def test_without_an_end_those_of_termination_have_no_share():
+    buffer = rp.ReplayBuffer(20, 2)
+    buffer.add(obs=torch.zeros(2, 1), terminated=torch.tensor([False, False]))
+    ends, share = buffer.ends(5)
+    assert ends["obs"].shape == (5, 1) and float(share) == 0
+
+
+def test_loss_of_termination_is_the_mean_over_all_steps():
+    """With the ends from a batch of their own; here that batch is all of them, so that no chance is left."""
+    torch.manual_seed(1)
+    model = rp.Model(OBS, ACT, rp.Args())
+    batch = dict(z=torch.randn(50, OBS), z_next=torch.randn(50, OBS), u=torch.randn(50, ACT), reward=torch.randn(50))
+    batch["terminated"] = torch.arange(50) % 10 == 0
+    _, logit = model.outcome(batch["z"], torch.tanh(batch["u"]), batch["z_next"])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, (~batch["terminated"]).float())
+    ends = {k: x[batch["terminated"]] for k, x in batch.items()}
+    torch.testing.assert_close(model.losses(batch, ends, torch.tensor(0.1))[2], expected)
 
 
 def test_rollouts_go_on_for_so_many_steps_or_to_an_end():
