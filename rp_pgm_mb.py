@@ -352,8 +352,7 @@ def objective(gradient: str, actor, model, critic, segment: dict, noise, gamma: 
 
 def differentiate(loss, module: nn.Module, max_norm: float = math.inf):
     """Leaves the gradient in the module's parameters, scaled down to a norm; returns its norm before."""
-    for parameter in module.parameters():
-        parameter.grad = None
+    module.zero_grad()
     loss.backward(inputs=list(module.parameters()))
     return nn.utils.clip_grad_norm_(module.parameters(), max_norm, foreach=False)
 
@@ -392,11 +391,10 @@ if __name__ == "__main__":
     temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate * args.learn_entropy_coef)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs)
     rollouts = Rollouts(8 * args.batch_size, args.imagined_steps, env.detach())
-    run.restore(
-        policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
+    run.restore(policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
-        actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, model_optimizer=model_optimizer,
-        temperature_optimizer=temperature_optimizer, rollouts=rollouts)  # fmt: skip
+        temperature_optimizer=temperature_optimizer, rollouts=rollouts, actor_optimizer=actor_optimizer,
+        critic_optimizer=critic_optimizer, model_optimizer=model_optimizer)  # fmt: skip
     if args.resume and args.physics == "gymnasium":
         buffer.data["truncated"][(buffer.count - 1) % buffer.capacity] = True  # its episodes start anew
 
@@ -435,9 +433,8 @@ if __name__ == "__main__":
         differentiate(value_loss, critic)
         return value_loss.detach(), target.mean()
 
-    def policy_gradient(gradient, segment, noise, alpha):
-        segment = normalized(normalizer, segment)
-        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
+    def policy_gradient(gradient, x, noise, alpha):
+        value, entropy = objective(gradient, actor, model, critic, normalized(normalizer, x), noise, args.gamma, alpha)
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     short, long = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
