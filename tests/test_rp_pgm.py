@@ -389,7 +389,7 @@ def test_the_lab_measures_every_estimator(tmp_path):
     for env in ("cartpole", "Pendulum-v1"):
         flags = ["--env", env, *TINY, "--imagined-steps", 0, "--stop-after", 30]
         run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "runs")
-    lab = dict(horizons=(1, 4), draws=3, batch=4, out=tmp_path / "probes.csv")
+    lab = dict(horizons=(1, 4), draws=8, batch=4, out=tmp_path / "probes.csv")
     for _ in range(2):  # the second time in the place of the first
         gradients.main(gradients.Args(tuple((tmp_path / "runs").iterdir()), **lab))
     with open(tmp_path / "probes.csv") as f:
