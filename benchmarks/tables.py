@@ -169,20 +169,14 @@ def scaling() -> str:
     one = found[found.processes == 1].set_index(["env", "batch"]).training
     rows = [
         [g.env, f"{g.batch:,}", f"{g.processes:.0f}", f"{g.training:,.0f}",
+         *(f"{x:.0f}" for x in (g.simulate, g.policy, g.critic)),
          f"{g.training / one[g.env, g.batch * g.processes]:.2f}" if (g.env, g.batch * g.processes) in one else "",
          f"{g.seconds:.0f}" if g.seconds == g.seconds else "", g.commit]
         for g in found.itertuples()
     ]  # fmt: skip
-    names = [
-        "env",
-        "environments a process",
-        "processes",
-        "steps/s",
-        "of one process with as many",
-        "seconds",
-        "commit",
-    ]
-    return markdown(names, rows)
+    milliseconds = ["simulate (ms)", "policy (ms)", "critic (ms)"]
+    names = ["env", "environments a process", "processes", "steps/s", *milliseconds, "of one with as many", "seconds"]
+    return markdown([*names, "commit"], rows)
 
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"

@@ -92,6 +92,7 @@ def training_row(args: Args, batch: int) -> dict:
     later = training(args, batch, "--eval-every", "0", "--stop-after", str(iterations)).iloc[iterations // 3 :]
     speed = np.polyfit(later.wall_time_s, later.global_step, 1)[0]
     row = dict(env=args.env, batch=batch, processes=args.processes, training=round(speed), commit=commit())
+    row |= {name: round(1000 * later[f"{name}_s"].mean()) for name in ("simulate", "policy", "critic")}  # milliseconds
     if args.until:
         curve = training(args, batch, "--total-timesteps", "1000000", "--eval-every", "50000")
         row["seconds"] = curve.wall_time_s[curve.eval_return >= args.until].min()
