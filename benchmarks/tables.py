@@ -167,11 +167,12 @@ def scaling() -> str:
     found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).query("processes > 0")
     found = found.sort_values(["env", "batch", "processes"])
     one = found[found.processes == 1].set_index(["env", "batch"]).training
+    whole = lambda x: f"{x:.0f}" if x == x else ""  # noqa: E731
     rows = [
         [g.env, f"{g.batch:,}", f"{g.processes:.0f}", f"{g.training:,.0f}",
-         *(f"{x:.0f}" for x in (g.simulate, g.policy, g.critic)),
+         *map(whole, (g.simulate, g.policy, g.critic)),
          f"{g.training / one[g.env, g.batch * g.processes]:.2f}" if (g.env, g.batch * g.processes) in one else "",
-         f"{g.seconds:.0f}" if g.seconds == g.seconds else "", g.commit]
+         whole(g.seconds), g.commit]
         for g in found.itertuples()
     ]  # fmt: skip
     milliseconds = ["simulate (ms)", "policy (ms)", "critic (ms)"]
