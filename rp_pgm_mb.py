@@ -9,8 +9,8 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
     lr  likelihood ratio: the score function on the model's trajectories, no derivative of the model
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
-and replay buffer are soft actor-critic's (Haarnoja et al. 2018, arXiv 1812.05905): --unroll 0 --tau 0.005 is just that.
-Not the paper's: --expand-critic and --imagined-steps, with which the critics keep up with the policy.
+and replay buffer are soft actor-critic's (Haarnoja et al. 2018, arXiv 1812.05905): --unroll 0 --tau 0.005 leaves that.
+Not the paper's: --expand-critic, --imagined-steps, with which the critics keep up, and what benchmarks/README.md lists.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -75,7 +75,7 @@ class Args(RunArgs):
     policy_frequency: Count = 2
     """updates of model and critic to one of the policy"""
     batch_size: Count = 128
-    """samples of an update"""
+    """samples of an update, beside as many of --imagined-steps"""
     dr_recent: Count = 10_000
     """dr: segments come from this many latest environment steps, weighted by truncated importance ratios"""
     buffer_size: Count = 1_000_000
@@ -99,7 +99,7 @@ class Args(RunArgs):
     learn_entropy_coef: bool = True
     """adapt the temperature so that the entropy comes to target_entropy"""
     target_entropy: Number | None = None
-    """entropy of the policy, after the tanh, that the temperature aims at; default: -act_dim"""
+    """entropy of the policy, after the tanh, that the temperature aims at; None: -act_dim"""
     actor_hidden: Layers = (128, 128)
     """hidden layers of the policy (the paper: 512 512 512 512)"""
     critic_hidden: Layers = (128, 128)
@@ -212,15 +212,15 @@ class Model(nn.Module):
         return self.reward[0] + self.reward[1] * reward, logit + 3.0  # few steps end an episode
 
     def losses(self, batch: dict, ends: dict, share):
-        """Squared errors of the next observation and of the reward; cross entropy of termination: its mean over all
-        steps, but those that end, one of hundreds, come from a batch of their own and are seen often."""
+        """Squared errors of next observation and reward; cross entropy of termination: E[loss of a step that goes on]
+        + share * E[loss of one that ends]. Those are one of hundreds, so `ends` is a batch of them alone."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
         state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
         reward, logit = self.outcome(z, action, z_next)
         reward_loss = ((reward - batch["reward"]) / self.reward[1]).square().mean()
-        _, at_end = self.outcome(ends["z"], torch.tanh(ends["u"]), ends["z_next"])
-        goes_on = torch.where(batch["terminated"], 0.0, nn.functional.softplus(-logit)).mean()
-        return state_loss, reward_loss, goes_on + share * nn.functional.softplus(at_end).mean()
+        _, end_logit = self.outcome(ends["z"], torch.tanh(ends["u"]), ends["z_next"])
+        not_ended = torch.where(batch["terminated"], 0.0, nn.functional.softplus(-logit)).mean()
+        return state_loss, reward_loss, not_ended + share * nn.functional.softplus(end_logit).mean()
 
 
 class Normalizer(nn.Module):
@@ -269,8 +269,8 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
     """V (B,) = sum_(i<h) gamma^i (r_i - alpha log pi_i) + gamma^h (Q(s_h, a_h) - alpha log pi_h).
 
     Also the mean entropy, and what the score function wants to know of each step. noise: (h + 1, B, act_dim).
-    `step(i, z, action)` -> next z, reward, share of episodes that go on, and which have ended, where the expansion ends
-    with the value of their last state: of a model, or of the world.
+    `step(i, z, action)`, of a model or of the world -> next z, reward, probability of going on, and which are over:
+    they close with the value of their last state, by that probability (0 if terminated, 1 if truncated).
     """
     running = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     weight, visited = torch.ones_like(z[:, 0]), []
@@ -423,7 +423,7 @@ if __name__ == "__main__":
             z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
         return dict(obs=obs, u=u, reward=reward, final_obs=normalizer.inverse(z_next), goes_on=goes_on)
 
-    def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
+    def critic_gradient(sample, noise, alpha):  # towards a real step, then the model's expansion; moves the targets
         batch, step = normalized(normalizer, sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
@@ -437,7 +437,7 @@ if __name__ == "__main__":
         value, entropy = objective(gradient, actor, model, critic, normalized(normalizer, x), noise, args.gamma, alpha)
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
-    short, long = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
+    warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
@@ -466,10 +466,10 @@ if __name__ == "__main__":
             run.lap("model")
 
             alpha, h = temperature[0].detach().exp(), args.unroll if run.global_step > args.model_warmup else 0
-            fit, ascend, gradient = (*long, args.gradient) if h else (*short, "dp")
+            fit, ascend, gradient = (*then, args.gradient) if h else (*warm_up, "dp")
             if h and args.imagined_steps:
-                step = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), batch["obs"])
-                batch = {k: torch.cat([batch[k], x]) for k, x in step.items()}
+                imagined = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), batch["obs"])
+                batch = {k: torch.cat([batch[k], x]) for k, x in imagined.items()}
             value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, len(batch["u"]), act_dim), alpha)
             critic_optimizer.step()
             run.lap("critic")

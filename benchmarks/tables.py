@@ -62,7 +62,7 @@ COLUMNS = {
     "task": lambda g: g.env.iloc[0],
     "algorithm": lambda g: g.algorithm.iloc[0],
     "engine": lambda g: g.physics.iloc[0],
-    "steps": lambda g: f"{n / 1e6:.1f}M" if (n := g.steps.iloc[0]) > 950_000 else f"{n / 1e3:.0f}k",
+    "steps": lambda g: ", ".join(dict.fromkeys(f"{n / 1e6:.1f}M" if n > 950e3 else f"{n / 1e3:.0f}k" for n in g.steps)),
     "seeds": lambda g: len(g),
     "seed": lambda g: ", ".join(map(str, g.seed)),
     "trial": lambda g: g.trial.iloc[0],
@@ -175,8 +175,8 @@ def scaling() -> str:
          whole(g.seconds), g.commit]
         for g in found.itertuples()
     ]  # fmt: skip
-    milliseconds = ["simulate (ms)", "policy (ms)", "critic (ms)"]
-    names = ["env", "environments a process", "processes", "steps/s", *milliseconds, "of one with as many", "seconds"]
+    parts = ["simulate (ms)", "policy (ms)", "critic (ms)"]
+    names = ["env", "environments a process", "processes", "steps/s", *parts, "times one process of as many", "seconds"]
     return markdown([*names, "commit"], rows)
 
 
@@ -212,7 +212,7 @@ VARIANTS = {  # tables of by_variant
         "algorithm == 'RPO' and env == 'Hopper-v5' and seed < 100",
         "task, setting, seeds, KL, return, lowest since half-way, 10 more episodes, falls in 64",
     ),
-    "trials": ("seed > 100", "task, algorithm, trial, setting, seed, evaluations, minutes"),
+    "trials": ("seed > 100", "task, algorithm, trial, setting, seed, steps, evaluations, minutes"),
     "model": (
         "algorithm == 'RP-PGM' and seed < 100 and not tag.str.startswith('lab')",
         "task, setting, steps, seeds, return, best evaluation, lowest since half-way, minutes, PPO in these steps",

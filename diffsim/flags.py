@@ -162,8 +162,9 @@ def check_bounds(args):
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
         for bound in bounds(hint) if value is not None else ():
-            if not all(bound.low <= x <= bound.high for x in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {bound.words}")
+            given = value if isinstance(value, tuple) else (value,)
+            if not all(bound.low <= x <= bound.high for x in given):
+                raise ValueError(f"--{name.replace('_', '-')} is {' '.join(map(str, given))}; it must be {bound.words}")
 
 
 def fits(value, hint) -> bool:

@@ -21,15 +21,18 @@ def compiler(wanted: bool):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "updates"))
     torch._dynamo.config.trace_autograd_ops = True
     torch._inductor.config.compile_threads = 1
-    print("compiling the updates: about a minute once, then seconds", file=sys.stderr, flush=True)
 
     def compiled(function):
         run = torch.compile(
             function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True, "fallback_random": True}
         )
+        new = True
 
         def call(*inputs):
-            nonlocal run
+            nonlocal run, new
+            if new:
+                print(f"compiling {function.__name__}: once, up to a minute or two", file=sys.stderr, flush=True)
+                new = False
             try:
                 return run(*inputs)
             except torch._dynamo.exc.TorchDynamoException as e:

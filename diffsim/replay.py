@@ -9,7 +9,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, num_envs: int):
         self.capacity, self.num_envs, self.count = max(1, capacity // num_envs), num_envs, 0
         self.data: dict[str, torch.Tensor] = {}
-        self.ended: list[int] = []  # terminated steps: count * num_envs + environment
+        self.ended: list[int] = []  # terminated steps: number of the step * num_envs + environment
 
     def __len__(self):
         """Steps of each environment that are held."""
@@ -35,7 +35,10 @@ class ReplayBuffer:
         return {k: x[index, env] for k, x in self.data.items()}
 
     def ends(self, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Of the terminated steps: (size, ...), and their share of all that are held; while there are none, any."""
+        """A sample of the terminated steps, (size, ...), and their share of all that are held.
+
+        While there are none it is a sample of all, of share 0.
+        """
         share = torch.tensor(len(self.ended) / (len(self) * self.num_envs))
         if not self.ended:
             return {k: x[0] for k, x in self.sample(size).items()}, share
@@ -57,7 +60,10 @@ class ReplayBuffer:
 
 
 class Rollouts:
-    """Roll-outs in a learned model, `size` of them, each of which begins anew after `length` steps or at an end."""
+    """Roll-outs in a learned model, `size` of them, each of which begins anew after `length` steps or at an end.
+
+    Those that `step` advances are chosen at random: with `size` larger than a batch, successive batches differ.
+    """
 
     def __init__(self, size: int, length: int, obs: torch.Tensor):
         """obs (N, obs_dim): like the states to come."""
