@@ -164,20 +164,19 @@ def throughput() -> str:
 
 
 def scaling() -> str:
-    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).query("processes > 0")
-    found = found.sort_values(["env", "batch", "processes"])
-    one = found[found.processes == 1].set_index(["env", "batch"]).training
+    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str, flags=str)).query("processes > 0")
+    found = found.fillna(dict(flags="")).sort_values(["env", "flags", "batch", "processes"])
+    one = found[found.processes == 1].set_index(["flags", "batch"]).training
     whole = lambda x: f"{x:.0f}" if x == x else ""  # noqa: E731
     rows = [
-        [g.env, f"{g.batch:,}", f"{g.processes:.0f}", f"{g.training:,.0f}",
+        [g.env, f"`{g.flags}`" if g.flags else "defaults", f"{g.batch:,}", f"{g.processes:.0f}", f"{g.training:,.0f}",
          *map(whole, (g.simulate, g.policy, g.critic)),
-         f"{g.training / one[g.env, g.batch * g.processes]:.2f}" if (g.env, g.batch * g.processes) in one else "",
+         f"{g.training / all_in_one:.2f}" if (all_in_one := one.get((g.flags, g.batch * g.processes))) else "",
          whole(g.seconds), g.commit]
         for g in found.itertuples()
     ]  # fmt: skip
-    parts = ["simulate (ms)", "policy (ms)", "critic (ms)"]
-    names = ["env", "environments a process", "processes", "steps/s", *parts, "times one process of as many", "seconds"]
-    return markdown([*names, "commit"], rows)
+    names = ["env", "setting", "environments a process", "processes", "steps/s", "simulate (ms)", "policy (ms)"]
+    return markdown([*names, "critic (ms)", "times one process of as many", "seconds", "commit"], rows)
 
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"

@@ -33,6 +33,8 @@ class Args:
     """compile the physics"""
     processes: int = 0
     """measure training by so many processes, each with `batches` environments"""
+    flags: str = ""
+    """more flags for that training, one string"""
     until: float = 0.0
     """a return, to measure seconds to it in a training of a million steps"""
     results: Path = FOLDERS
@@ -81,7 +83,7 @@ def physics_row(args: Args, batch: int) -> dict:
 
 def training(args: Args, batch: int, *flags: str) -> pd.DataFrame:
     """metrics.csv of RPO's training."""
-    job = dict(script="rpo_diffsim", env=args.env, seed=1, flags=f"--num-envs {batch * args.processes}")
+    job = dict(script="rpo_diffsim", env=args.env, seed=1, flags=f"--num-envs {batch * args.processes} {args.flags}")
     with tempfile.TemporaryDirectory() as folder:
         start(job, folder, *flags, processes=args.processes, check=True, capture_output=True)
         return pd.read_csv(next(Path(folder).glob("*/metrics.csv")))
@@ -92,6 +94,7 @@ def training_row(args: Args, batch: int) -> dict:
     later = training(args, batch, "--eval-every", "0", "--stop-after", str(iterations)).iloc[iterations // 3 :]
     speed = np.polyfit(later.wall_time_s, later.global_step, 1)[0]
     row = dict(env=args.env, batch=batch, processes=args.processes, training=round(speed), commit=commit())
+    row["flags"] = args.flags
     row |= {name: round(1000 * later[f"{name}_s"].mean()) for name in ("simulate", "policy", "critic")}  # milliseconds
     if args.until:
         curve = training(args, batch, "--total-timesteps", "1000000", "--eval-every", "50000")
