@@ -28,11 +28,10 @@ import torch.nn as nn
 from torch.distributions import Normal
 from torch.nn.utils.parametrizations import spectral_norm
 
-from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.graphs import compiler, update_spectral_norm
 from diffsim.play import Evaluator
-from diffsim.replay import ReplayBuffer, Rollouts
+from diffsim.replay import Loudness, ReplayBuffer, Rollouts
 from diffsim.run import Run
 
 # isort: split
@@ -68,6 +67,8 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
+    quiet_episodes: Fraction = 0.5
+    """share of the episodes without noise, as the policy is evaluated: falls that noise prevents are found, too"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -175,10 +176,9 @@ class Actor(nn.Module):
 @torch.no_grad()
 def move_average(average: Actor, actor: Actor, rate: float):
     """Move an average, which has plain weights, towards the normalised weights of the policy."""
-    for mean, layer in zip(average.net, actor.net):
-        if not isinstance(layer, nn.ReLU):
-            mean.weight.lerp_(layer.weight, rate)
-            mean.bias.lerp_(layer.bias, rate)
+    for mean, layer in zip(average.net[::2], actor.net[::2]):  # the linear ones
+        mean.weight.lerp_(layer.weight, rate)
+        mean.bias.lerp_(layer.bias, rate)
 
 
 class Critics(nn.Module):
@@ -212,8 +212,7 @@ class Model(nn.Module):
         return self.reward[0] + self.reward[1] * reward, logit + 3.0  # few steps end an episode
 
     def losses(self, batch: dict, ends: dict, share):
-        """Squared errors of next observation and reward; cross entropy of termination: E[loss of a step that goes on]
-        + share * E[loss of one that ends]. Those are one of hundreds, so `ends` is a batch of them alone."""
+        """Squared errors of next observation and reward; cross entropy of going on, with the rare ends from `ends`."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
         state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
         reward, logit = self.outcome(z, action, z_next)
@@ -240,7 +239,7 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def update(self, obs):
         """Merge the moments of a batch (Chan et al. 1979)."""
-        mean, var, n = ranks.moments(obs)
+        mean, var, n = obs.mean(0), obs.var(0, unbiased=False), len(obs)
         delta, total = mean - self.mean, self.count + n
         self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
         self.mean.add_(delta * n / total)
@@ -391,10 +390,11 @@ if __name__ == "__main__":
     temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate * args.learn_entropy_coef)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs)
     rollouts = Rollouts(8 * args.batch_size, args.imagined_steps, env.detach())
+    loudness = Loudness(args.quiet_episodes, args.num_envs, env.device)
     run.restore(policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
-        temperature_optimizer=temperature_optimizer, rollouts=rollouts, actor_optimizer=actor_optimizer,
-        critic_optimizer=critic_optimizer, model_optimizer=model_optimizer)  # fmt: skip
+        rollouts=rollouts, temperature_optimizer=temperature_optimizer, actor_optimizer=actor_optimizer,
+        critic_optimizer=critic_optimizer, model_optimizer=model_optimizer, loudness=loudness)  # fmt: skip
     if args.resume and args.physics == "gymnasium":
         buffer.data["truncated"][(buffer.count - 1) % buffer.capacity] = True  # its episodes start anew
 
@@ -446,12 +446,13 @@ if __name__ == "__main__":
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
+                action, log_prob, u = act(obs, loudness.now * randn(args.num_envs, act_dim))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
             note(obs, reward, info["final_obs"])
         run.episodes(info)
+        loudness.renew(terminated | truncated)
         obs = next_obs
         run.lap("env")
 
@@ -478,8 +479,7 @@ if __name__ == "__main__":
                 continue
             now = {k: x[None] for k, x in batch.items()}
             segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else now
-            noise = randn(h + 1, *segment["u"].shape[1:])
-            policy_loss, entropy, grad_norm = ascend(gradient, segment, noise, alpha)
+            policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
                 update_spectral_norm(actor.net)

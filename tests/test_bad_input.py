@@ -62,8 +62,8 @@ shac.py --critic-epochs 0 | --critic-epochs is 0
 shac.py --critic-minibatches 0 | --critic-minibatches is 0
 shac.py --critic-minibatches 100000 | --critic-minibatches is 100000, more than
 shac.py --num-critics 0 | --num-critics is 0
-shac.py --actor-hidden 0 | --actor-hidden is \\(0,\\)
-shac.py --actor-hidden 64 -1 | --actor-hidden is \\(64, -1\\)
+shac.py --actor-hidden 0 | --actor-hidden is 0;
+shac.py --actor-hidden 64 -1 | --actor-hidden is 64 -1;
 shac.py --actor-hidden wide | --actor-hidden.*wide
 shac.py --critic-hidden 0 0 | --critic-hidden is
 shac.py --activation relu | relu.*--activation
@@ -140,8 +140,8 @@ rp_pgm_mb.py --resume {run} | a checkpoint of shac.py
 shac.py --run-dir {tasks} | {tasks}
 shac.py --run-dir /proc/here | /proc/here
 shac.py --env cartpole --run-dir "" --num-envs 0 | --num-envs
-rpo_diffsim.py --clip-coef -1 | --clip-coef is \\(-1.0,\\)
-rpo_diffsim.py --clip-coef nan | --clip-coef is \\(nan,\\)
+rpo_diffsim.py --clip-coef -1 | --clip-coef is -1.0;
+rpo_diffsim.py --clip-coef nan | --clip-coef is nan;
 rpo_diffsim.py --clip-coef 0.2 0.3 0.4 | --clip-coef
 rpo_diffsim.py --kl-coef inf | --kl-coef is inf
 rpo_diffsim.py --kl-coef nan | --kl-coef is nan

@@ -223,6 +223,20 @@ def test_loss_of_termination_is_the_mean_over_all_steps():
     torch.testing.assert_close(model.losses(batch, ends, torch.tensor(0.1))[2], expected)
 
 
+def test_a_share_of_the_episodes_is_quiet():
+    torch.manual_seed(1)
+    loudness = rp.Loudness(0.25, 1000, "cpu")
+    assert bool((loudness.now == 1).all())
+    loudness.renew(torch.zeros(1000, dtype=torch.bool))
+    assert bool((loudness.now == 1).all())
+    loudness.renew(torch.arange(1000) < 800)
+    assert set(loudness.now[:800, 0].tolist()) == {0.0, 1.0} and bool((loudness.now[800:] == 1).all())
+    assert float(loudness.now[:800].mean()) == pytest.approx(0.75, abs=0.05)
+    other = rp.Loudness(0.25, 1000, "cpu")
+    other.load_state_dict(loudness.state_dict())
+    assert torch.equal(other.now, loudness.now)
+
+
 def test_rollouts_go_on_for_so_many_steps_or_to_an_end():
     torch.manual_seed(1)
     rollouts, lengths = rp.Rollouts(8, 3, torch.zeros(1, 2)), []
@@ -275,7 +289,7 @@ def singular_values(net):
 
 
 def test_spectral_norm_after_training(tmp_path):
-    flags = "--batch-size 64 --model-learning-rate 3e-4 --actor-hidden 64 64 64 --power-iterations 20".split()
+    flags = "--batch-size 64 --model-learning-rate 3e-4 --actor-hidden 64 64 64 --power-iterations 50".split()
     flags += ["--stop-after", 150]
     run_script("rp_pgm_mb.py", "--env", "Pendulum-v1", *TINY, *flags, "--run-dir", tmp_path)
     checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
@@ -456,7 +470,7 @@ def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient(
         (["--env", "antt"], "unknown env 'antt'"),
         (["--env", "CartPole-v1"], "Discrete(2)"),
         (["--num-envs", 0], "--num-envs is 0"),
-        (["--critic-hidden", 64, 0], "--critic-hidden is (64, 0)"),
+        (["--critic-hidden", 64, 0], "--critic-hidden is 64 0;"),
         (["--unroll", -1], "--unroll is -1"),
         (["--unroll", 2000], "above --unroll"),
         (["--log-std-init", "nan"], "--log-std-init is nan"),
