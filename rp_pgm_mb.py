@@ -9,7 +9,7 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
     lr  likelihood ratio: the score function on the model's trajectories, no derivative of the model
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
-and replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 --quiet-episodes 0.
+and replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 leaves them.
 Not the paper's: --expand-critic, --imagined-steps, --quiet-episodes, and what benchmarks/README.md lists.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
@@ -67,7 +67,7 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
-    quiet_episodes: Fraction = 0.5
+    quiet_episodes: Fraction = 0.0
     """share of the episodes without noise, as the policy is evaluated: falls that noise prevents are found, too"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
