@@ -10,7 +10,7 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
 and replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 leaves them.
-Not the paper's: --expand-critic, --imagined-steps, --quiet-episodes, and what benchmarks/README.md lists.
+Not the paper's: --expand-critic, --imagined-steps, with which the critics keep up, and what benchmarks/README.md lists.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -28,10 +28,11 @@ import torch.nn as nn
 from torch.distributions import Normal
 from torch.nn.utils.parametrizations import spectral_norm
 
+from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.graphs import compiler, update_spectral_norm
 from diffsim.play import Evaluator
-from diffsim.replay import Loudness, ReplayBuffer, Rollouts
+from diffsim.replay import ReplayBuffer, Rollouts
 from diffsim.run import Run
 
 # isort: split
@@ -67,8 +68,6 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
-    quiet_episodes: Fraction = 0.0
-    """share of the episodes without noise, as the policy is evaluated: falls that noise prevents are found, too"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -212,7 +211,8 @@ class Model(nn.Module):
         return self.reward[0] + self.reward[1] * reward, logit + 3.0  # few steps end an episode
 
     def losses(self, batch: dict, ends: dict, share):
-        """Squared errors of next observation and reward; cross entropy of going on, with the rare ends from `ends`."""
+        """Squared errors of next observation and reward; cross entropy of termination: E[loss of a step that goes on]
+        + share * E[loss of one that ends]. Those are one of hundreds, so `ends` is a batch of them alone."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
         state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
         reward, logit = self.outcome(z, action, z_next)
@@ -239,7 +239,7 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def update(self, obs):
         """Merge the moments of a batch (Chan et al. 1979)."""
-        mean, var, n = obs.mean(0), obs.var(0, unbiased=False), len(obs)
+        mean, var, n = ranks.moments(obs)
         delta, total = mean - self.mean, self.count + n
         self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
         self.mean.add_(delta * n / total)
@@ -390,11 +390,10 @@ if __name__ == "__main__":
     temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate * args.learn_entropy_coef)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs)
     rollouts = Rollouts(8 * args.batch_size, args.imagined_steps, env.detach())
-    loudness = Loudness(args.quiet_episodes, args.num_envs, env.device)
     run.restore(policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
         rollouts=rollouts, temperature_optimizer=temperature_optimizer, actor_optimizer=actor_optimizer,
-        critic_optimizer=critic_optimizer, model_optimizer=model_optimizer, loudness=loudness)  # fmt: skip
+        critic_optimizer=critic_optimizer, model_optimizer=model_optimizer)  # fmt: skip
     if args.resume and args.physics == "gymnasium":
         buffer.data["truncated"][(buffer.count - 1) % buffer.capacity] = True  # its episodes start anew
 
@@ -446,13 +445,12 @@ if __name__ == "__main__":
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = act(obs, loudness.now * randn(args.num_envs, act_dim))
+                action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
             note(obs, reward, info["final_obs"])
         run.episodes(info)
-        loudness.renew(terminated | truncated)
         obs = next_obs
         run.lap("env")
 

@@ -1,4 +1,4 @@
-"""What environments did, kept to be sampled; with how much noise they act; roll-outs in a model of them."""
+"""What environments did, kept to be sampled, and roll-outs in a model of them."""
 
 import torch
 
@@ -57,24 +57,6 @@ class ReplayBuffer:
         order = self.count - len(self) + torch.arange(len(self))
         ended = self.data["terminated"][order % self.capacity]
         self.ended = (order[:, None] * self.num_envs + torch.arange(self.num_envs))[ended].tolist()
-
-
-class Loudness:
-    """`now` (N, 1): what multiplies the noise of N environments, 1, or 0 in a share of the episodes after the first."""
-
-    def __init__(self, share_of_quiet: float, num_envs: int, device):
-        self.share_of_quiet, self.now = share_of_quiet, torch.ones(num_envs, 1, device=device)
-
-    def renew(self, ended: torch.Tensor):
-        """ended (N,): where another episode begins."""
-        drawn = (torch.rand_like(self.now) >= self.share_of_quiet).to(self.now.dtype)
-        self.now = torch.where(ended[:, None], drawn, self.now)
-
-    def state_dict(self):
-        return dict(now=self.now)
-
-    def load_state_dict(self, state):
-        self.now.copy_(state["now"])
 
 
 class Rollouts:

@@ -223,20 +223,6 @@ def test_loss_of_termination_is_the_mean_over_all_steps():
     torch.testing.assert_close(model.losses(batch, ends, torch.tensor(0.1))[2], expected)
 
 
-def test_a_share_of_the_episodes_is_quiet():
-    torch.manual_seed(1)
-    loudness = rp.Loudness(0.25, 1000, "cpu")
-    assert bool((loudness.now == 1).all())
-    loudness.renew(torch.zeros(1000, dtype=torch.bool))
-    assert bool((loudness.now == 1).all())
-    loudness.renew(torch.arange(1000) < 800)
-    assert set(loudness.now[:800, 0].tolist()) == {0.0, 1.0} and bool((loudness.now[800:] == 1).all())
-    assert float(loudness.now[:800].mean()) == pytest.approx(0.75, abs=0.05)
-    other = rp.Loudness(0.25, 1000, "cpu")
-    other.load_state_dict(loudness.state_dict())
-    assert torch.equal(other.now, loudness.now)
-
-
 def test_rollouts_go_on_for_so_many_steps_or_to_an_end():
     torch.manual_seed(1)
     rollouts, lengths = rp.Rollouts(8, 3, torch.zeros(1, 2)), []
