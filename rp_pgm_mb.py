@@ -72,6 +72,8 @@ class Args(RunArgs):
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
     """updates of the model in such an update (the paper: 4)"""
+    fall_weight: Ratio = 10.0
+    """weight of an episode's end in the model's loss: above 1 the model is wary (the paper: as much as all other steps)"""
     policy_frequency: Count = 2
     """updates of model and critic to one of the policy"""
     batch_size: Count = 128
@@ -460,7 +462,7 @@ if __name__ == "__main__":
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
                 batch = {k: x[0] for k, x in buffer.sample(args.batch_size).items()}
-                losses = model_gradient(batch, *buffer.ends(args.batch_size))
+                losses = model_gradient(batch, *buffer.ends(args.batch_size, args.fall_weight))
                 model_optimizer.step()
                 update_spectral_norm(model.dynamics)
             run.lap("model")

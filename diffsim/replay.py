@@ -34,9 +34,9 @@ class ReplayBuffer:
         env = torch.randint(self.num_envs, (size,)).expand(length, size)
         return {k: x[index, env] for k, x in self.data.items()}
 
-    def ends(self, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def ends(self, size: int, weight: float = 1.0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Of the terminated steps: (size, ...), and their share of all that are held; while there are none, any."""
-        share = torch.tensor(len(self.ended) / (len(self) * self.num_envs))
+        share = torch.tensor(min(1.0, weight * len(self.ended) / (len(self) * self.num_envs)))
         if not self.ended:
             return {k: x[0] for k, x in self.sample(size).items()}, share
         chosen = torch.tensor([self.ended[i] for i in torch.randint(len(self.ended), (size,)).tolist()])
