@@ -88,6 +88,8 @@ class Args(RunArgs):
     """learning rate of the critics (the paper: 1e-4)"""
     model_learning_rate: Rate = 1e-3
     """learning rate of the model"""
+    decay_from: Fraction = 0.5
+    """share of the steps after which all learning rates fall, linearly to none; 1: they stay"""
     max_grad_norm: Norm = 1.0
     """gradients of model and policy are scaled down to this norm"""
     gamma: Fraction = 0.99
@@ -441,7 +443,11 @@ if __name__ == "__main__":
 
     short, long = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
-    for _ in run:
+    rates = [(x, x.param_groups[0]["lr"]) for x in (model_optimizer, critic_optimizer, actor_optimizer)]
+    for iteration in run:
+        left = min(1.0, (1 - iteration / num_iterations) / max(1e-9, 1 - args.decay_from))
+        for optimizer, rate in rates:
+            optimizer.param_groups[0]["lr"] = rate * left
         # --- one step of every environment -----------------------------------------------------------------------
         with torch.no_grad():
             if run.global_step - args.num_envs < args.learning_starts:
