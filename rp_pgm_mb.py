@@ -88,6 +88,8 @@ class Args(RunArgs):
     """learning rate of the critics (the paper: 1e-4)"""
     model_learning_rate: Rate = 1e-3
     """learning rate of the model"""
+    recent: Count = 10_000
+    """roll-outs in the model begin at states of this many latest environment steps: where the policy goes now"""
     decay_from: Fraction = 0.5
     """share of the steps after which all learning rates fall, linearly to none; 1: they stay"""
     max_grad_norm: Norm = 1.0
@@ -476,7 +478,8 @@ if __name__ == "__main__":
             alpha, h = temperature[0].detach().exp(), args.unroll if run.global_step > args.model_warmup else 0
             fit, ascend, gradient = (*long, args.gradient) if h else (*short, "dp")
             if h and args.imagined_steps:
-                step = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), batch["obs"])
+                starts = buffer.sample(args.batch_size, 1, args.recent)["obs"][0]
+                step = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), starts)
                 batch = {k: torch.cat([batch[k], x]) for k, x in step.items()}
             value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, len(batch["u"]), act_dim), alpha)
             critic_optimizer.step()
