@@ -68,6 +68,8 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
+    quiet_episodes: Fraction = 0.5
+    """share of the episodes that act by the policy's mean, without noise, as it is evaluated"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -439,6 +441,7 @@ if __name__ == "__main__":
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
+    loud = torch.ones(args.num_envs, 1, device=env.device)
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
         with torch.no_grad():
@@ -446,13 +449,14 @@ if __name__ == "__main__":
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
+                action, log_prob, u = act(obs, loud * randn(args.num_envs, act_dim))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
             note(obs, reward, info["final_obs"])
         run.episodes(info)
-        obs = next_obs
+        obs, ended = next_obs, (terminated | truncated)[:, None]
+        loud = torch.where(ended, (torch.rand_like(loud) >= args.quiet_episodes).float(), loud)
         run.lap("env")
 
         # --- updates of model, critics and policy ----------------------------------------------------------------
