@@ -422,7 +422,7 @@ if __name__ == "__main__":
             z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
         return dict(obs=obs, u=u, reward=reward, final_obs=normalizer.inverse(z_next), goes_on=goes_on)
 
-    def critic_gradient(sample, noise, alpha):  # towards a real step, then the model's expansion; moves the targets
+    def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
         batch, step = normalized(normalizer, sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
@@ -432,8 +432,9 @@ if __name__ == "__main__":
         differentiate(value_loss, critic)
         return value_loss.detach(), target.mean()
 
-    def policy_gradient(gradient, x, noise, alpha):
-        value, entropy = objective(gradient, actor, model, critic, normalized(normalizer, x), noise, args.gamma, alpha)
+    def policy_gradient(gradient, segment, noise, alpha):
+        segment = normalized(normalizer, segment)
+        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
