@@ -86,12 +86,18 @@ def speaks() -> bool:
         return True
 
 
-def leave(code: int):
-    """End, after all processes have come here: once one has ended, torchrun ends those that have more to say."""
+def disconnect():
+    """After all processes have come here: once one has ended with an error, torchrun ends those that have more to say.
+    A process that ends while gloo's threads run may abort."""
     if WORLD > 1:
         agree(0)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         dist.destroy_process_group()
+
+
+def leave(code: int):
+    """End, all processes."""
+    disconnect()
     raise SystemExit(code)
 
 

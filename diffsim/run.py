@@ -258,6 +258,7 @@ class Run:
             said = "interrupted and saved" if stopped else "saved"
             self._say(f"{said}; continue with: {python}{ranks.launcher()} {of} --resume {folder}{named}")
             ranks.leave(128 + stopped if stopped else 0)
+        ranks.disconnect()
         if self.args.capture_video and ranks.RANK == 0:
             with one_line_errors():
                 record(self.folder, self.folder / "video.mp4")
