@@ -68,6 +68,8 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
+    quiet_episodes: Fraction = 0.0
+    """share of the episodes that act without noise by the averaged policy, as it is evaluated"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -400,6 +402,9 @@ if __name__ == "__main__":
     # --- what is computed in a step: each function is one graph, where it is compiled ------------------------------
     compiled = compiler(args.compile and args.device == "cpu")
     act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
+    act_quietly = compiled(lambda obs, noise: average(normalizer(obs), noise))
+    plain = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device).requires_grad_(False)
+    current = DeterministicPolicy(normalizer, plain, env.single_action_space).to(env.device)
 
     @compiled
     def note(obs, reward, final_obs):
@@ -439,6 +444,7 @@ if __name__ == "__main__":
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
+    quiet = False
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
         with torch.no_grad():
@@ -446,13 +452,16 @@ if __name__ == "__main__":
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
+                noise = randn(args.num_envs, act_dim)
+                action, log_prob, u = act_quietly(obs, 0 * noise) if quiet else act(obs, noise)
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
             note(obs, reward, info["final_obs"])
         run.episodes(info)
         obs = next_obs
+        if (terminated | truncated)[0]:
+            quiet = torch.rand(()).item() < args.quiet_episodes
         run.lap("env")
 
         # --- updates of model, critics and policy ----------------------------------------------------------------
@@ -497,3 +506,5 @@ if __name__ == "__main__":
             run.log({"losses/entropy_coef": temperature[0].exp()} | env.diagnostics())
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))
+            move_average(plain, actor, 1.0)
+            print("CURRENT", args.seed, run.global_step, evaluator(current), flush=True)
