@@ -102,6 +102,8 @@ class Args(RunArgs):
     """adapt the temperature so that the entropy comes to target_entropy"""
     target_entropy: Number | None = None
     """entropy of the policy, after the tanh, that the temperature aims at; None: -act_dim"""
+    num_critics: Few = 5
+    """critics: a target is the least of two of them drawn at random, the policy climbs their mean (REDQ, 2101.05982)"""
     actor_hidden: Layers = (128, 128)
     """hidden layers of the policy (the paper: 512 512 512 512)"""
     critic_hidden: Layers = (128, 128)
@@ -187,7 +189,7 @@ class Critics(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.members = nn.ModuleList(mlp([obs_dim + act_dim, *args.critic_hidden, 1], args) for _ in range(2))
+        self.members = nn.ModuleList(mlp([obs_dim + act_dim, *args.critic_hidden, 1], args) for _ in range(args.num_critics))
 
     def forward(self, z, action):
         inputs = torch.cat([z, action], -1)
@@ -284,7 +286,7 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
         z = torch.where(running[:, None], z_next, z)
         running = running & ~ended
     action, log_prob, u = actor(z, noise[-1])
-    gain = weight * (critic(z, action).amin(0) - alpha * log_prob)
+    gain = weight * (critic(z, action) - alpha * log_prob)
     visited.append(dict(z=z, u=u, log_prob=log_prob, gain=gain, weight=weight, counts=torch.ones_like(running)))
     return sum(v["gain"] for v in visited), -torch.stack([v["log_prob"] for v in visited]).mean(), visited
 
@@ -316,7 +318,7 @@ def score_surrogate(actor, critic, visited: list, alpha: float):
         following = following + step["gain"]
         with torch.no_grad():
             other, log_prob, _ = actor(step["z"], torch.randn_like(step["u"]))
-            baseline = step["weight"] * (critic(step["z"], other).amin(0) - alpha * log_prob)
+            baseline = step["weight"] * (critic(step["z"], other) - alpha * log_prob)
             advantage = torch.where(step["counts"], following - baseline, 0.0)
         surrogate = surrogate + actor.log_prob(step["z"], step["u"]) * advantage
     return surrogate
@@ -427,11 +429,12 @@ if __name__ == "__main__":
             z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
         return dict(obs=obs, u=u, reward=reward, final_obs=normalizer.inverse(z_next), goes_on=goes_on)
 
-    def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
+    def critic_gradient(sample, noise, alpha, pair):  # soft Bellman targets: a real step, then the model's expansion
         batch, step = normalized(normalizer, sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
-            next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha)
+            least = lambda z, action: target_critic(z, action)[pair].amin(0)
+            next_value, _, _ = expansion(actor, least, step, batch["z_next"], noise, args.gamma, alpha)
             target = batch["reward"] + args.gamma * batch["goes_on"] * next_value
         value_loss = (critic(batch["z"], torch.tanh(batch["u"])) - target).square().mean(1).sum()
         differentiate(value_loss, critic)
@@ -439,7 +442,7 @@ if __name__ == "__main__":
 
     def policy_gradient(gradient, segment, noise, alpha):
         segment = normalized(normalizer, segment)
-        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
+        value, entropy = objective(gradient, actor, model, lambda z, a: critic(z, a).mean(0), segment, noise, args.gamma, alpha)
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
@@ -479,7 +482,7 @@ if __name__ == "__main__":
             if h and args.imagined_steps:
                 imagined = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), batch["obs"])
                 batch = {k: torch.cat([batch[k], x]) for k, x in imagined.items()}
-            value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, len(batch["u"]), act_dim), alpha)
+            value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, len(batch["u"]), act_dim), alpha, torch.randperm(args.num_critics)[:2])
             critic_optimizer.step()
             run.lap("critic")
 
