@@ -70,6 +70,8 @@ class Args(RunArgs):
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
+    model_noise: Ratio = 1.0
+    """the model's predictions have noise of its own error, times this"""
     model_updates: Few = 1
     """updates of the model in such an update (the paper: 4)"""
     policy_frequency: Count = 2
@@ -200,6 +202,8 @@ class Model(nn.Module):
         self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args, range(len(args.model_hidden)))
         self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args)
         self.register_buffer("change", torch.ones(obs_dim))  # root mean square of s' - s
+        self.register_buffer("error", torch.zeros(obs_dim))  # mean square of what predictions lack, in changes
+        self.noise = args.model_noise
         self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and deviation
 
     def step(self, z, action):
@@ -214,7 +218,10 @@ class Model(nn.Module):
         """Squared errors of next observation and reward; cross entropy of termination: E[loss of a step that goes on]
         + share * E[loss of one that ends]. Those are one of hundreds, so `ends` is a batch of them alone."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
-        state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
+        errors = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square()
+        state_loss = errors.mean()
+        with torch.no_grad():
+            self.error.lerp_(errors.mean(0), 0.001)
         reward, logit = self.outcome(z, action, z_next)
         reward_loss = ((reward - batch["reward"]) / self.reward[1]).square().mean()
         _, end_logit = self.outcome(ends["z"], torch.tanh(ends["u"]), ends["z_next"])
@@ -290,6 +297,7 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
 def predicted_step(model, i, z, action):
     """dp, lr: the model's own next state, whose end is a probability."""
     z_next = model.step(z, action)
+    z_next = z_next + model.noise * model.change * model.error.sqrt() * torch.randn_like(z_next)
     reward, logit = model.outcome(z, action, z_next)
     return z_next, reward, torch.sigmoid(logit), torch.zeros_like(logit, dtype=torch.bool)
 
@@ -439,6 +447,8 @@ if __name__ == "__main__":
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
+    plain = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device).requires_grad_(False)
+    current = DeterministicPolicy(normalizer, plain, env.single_action_space).to(env.device)
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
         with torch.no_grad():
@@ -497,3 +507,5 @@ if __name__ == "__main__":
             run.log({"losses/entropy_coef": temperature[0].exp()} | env.diagnostics())
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))
+            move_average(plain, actor, 1.0)
+            print("CURRENT", args.seed, run.global_step, evaluator(current), model.error.tolist(), flush=True)
