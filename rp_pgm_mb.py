@@ -199,15 +199,21 @@ class Model(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args, range(len(args.model_hidden)))
+        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, 2 * obs_dim], args, range(len(args.model_hidden)))
         self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args)
         self.register_buffer("change", torch.ones(obs_dim))  # root mean square of s' - s
-        self.register_buffer("error", torch.zeros(obs_dim))  # mean square of what predictions lack, in changes
         self.noise = args.model_noise
         self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and deviation
 
-    def step(self, z, action):
-        return z + self.change * self.dynamics(torch.cat([z, action], -1))  # next observation (B, obs_dim)
+    def predict(self, z, action):
+        mean, log_var = self.dynamics(torch.cat([z, action], -1)).chunk(2, -1)
+        return mean, (log_var - 2.0).clamp(-9.0, 1.0)
+
+    def step(self, z, action, noise: float = 0.0):
+        mean, log_var = self.predict(z, action)
+        if noise:
+            mean = mean + noise * (0.5 * log_var).exp() * torch.randn_like(mean)
+        return z + self.change * mean  # next observation (B, obs_dim)
 
     def outcome(self, z, action, z_next):
         """Reward and logit of going on, both (B,)."""
@@ -218,10 +224,8 @@ class Model(nn.Module):
         """Squared errors of next observation and reward; cross entropy of termination: E[loss of a step that goes on]
         + share * E[loss of one that ends]. Those are one of hundreds, so `ends` is a batch of them alone."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
-        errors = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square()
-        state_loss = errors.mean()
-        with torch.no_grad():
-            self.error.lerp_(errors.mean(0), 0.001)
+        mean, log_var = self.predict(z, action)
+        state_loss = 0.5 * ((mean - (z_next - z) / self.change).square() * (-log_var).exp() + log_var).mean()
         reward, logit = self.outcome(z, action, z_next)
         reward_loss = ((reward - batch["reward"]) / self.reward[1]).square().mean()
         _, end_logit = self.outcome(ends["z"], torch.tanh(ends["u"]), ends["z_next"])
@@ -296,8 +300,7 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
 
 def predicted_step(model, i, z, action):
     """dp, lr: the model's own next state, whose end is a probability."""
-    z_next = model.step(z, action)
-    z_next = z_next + model.noise * model.change * model.error.sqrt() * torch.randn_like(z_next)
+    z_next = model.step(z, action, model.noise)
     reward, logit = model.outcome(z, action, z_next)
     return z_next, reward, torch.sigmoid(logit), torch.zeros_like(logit, dtype=torch.bool)
 
@@ -508,4 +511,4 @@ if __name__ == "__main__":
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))
             move_average(plain, actor, 1.0)
-            print("CURRENT", args.seed, run.global_step, evaluator(current), model.error.tolist(), flush=True)
+            print("CURRENT", args.seed, run.global_step, evaluator(current), flush=True)
