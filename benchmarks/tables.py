@@ -165,18 +165,19 @@ def throughput() -> str:
 
 def scaling() -> str:
     found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str, flags=str)).query("processes > 0")
-    found = found.fillna(dict(flags="")).sort_values(["env", "flags", "batch", "processes"])
+    alike = found.fillna(dict(flags="")).groupby(["env", "flags", "batch", "processes"])  # in this order, as well
+    found = alike.median(numeric_only=True).assign(commit=alike.commit.last(), times=alike.size()).reset_index()
     one = found[found.processes == 1].set_index(["flags", "batch"]).training
     whole = lambda x: f"{x:.0f}" if x == x else ""  # noqa: E731
     rows = [
         [g.env, f"`{g.flags}`" if g.flags else "defaults", f"{g.batch:,}", f"{g.processes:.0f}", f"{g.training:,.0f}",
          *map(whole, (g.simulate, g.policy, g.critic)),
          f"{g.training / all_in_one:.2f}" if (all_in_one := one.get((g.flags, g.batch * g.processes))) else "",
-         whole(g.seconds), g.commit]
+         whole(g.seconds), g.times, g.commit]
         for g in found.itertuples()
     ]  # fmt: skip
     names = ["env", "setting", "environments a process", "processes", "steps/s", "simulate (ms)", "policy (ms)"]
-    return markdown([*names, "critic (ms)", "times one process of as many", "seconds", "commit"], rows)
+    return markdown([*names, "critic (ms)", "times one process of as many", "seconds", "measured", "commit"], rows)
 
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
