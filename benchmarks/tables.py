@@ -166,13 +166,14 @@ def throughput() -> str:
 def scaling() -> str:
     found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str, flags=str)).query("processes > 0")
     alike = found.fillna(dict(flags="")).groupby(["env", "flags", "batch", "processes"])  # in this order, as well
-    found = alike.median(numeric_only=True).assign(commit=alike.commit.last(), times=alike.size()).reset_index()
-    one = found[found.processes == 1].set_index(["flags", "batch"]).training
+    commits = alike.commit.agg(lambda x: " ".join(x.unique()))
+    found = alike.median(numeric_only=True).assign(commit=commits, times=alike.size()).reset_index()
+    one = found[found.processes == 1].set_index(["env", "flags", "batch"]).training
     whole = lambda x: f"{x:.0f}" if x == x else ""  # noqa: E731
     rows = [
         [g.env, f"`{g.flags}`" if g.flags else "defaults", f"{g.batch:,}", f"{g.processes:.0f}", f"{g.training:,.0f}",
          *map(whole, (g.simulate, g.policy, g.critic)),
-         f"{g.training / all_in_one:.2f}" if (all_in_one := one.get((g.flags, g.batch * g.processes))) else "",
+         f"{g.training / all_in_one:.2f}" if (all_in_one := one.get((g.env, g.flags, g.batch * g.processes))) else "",
          whole(g.seconds), g.times, g.commit]
         for g in found.itertuples()
     ]  # fmt: skip

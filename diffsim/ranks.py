@@ -87,16 +87,16 @@ def speaks() -> bool:
 
 
 def disconnect():
-    """After all processes have come here: once one has ended with an error, torchrun ends those that have more to say.
-    A process that ends while gloo's threads run may abort."""
+    """After all processes have come here. A process that ends while gloo's threads run may abort."""
     if WORLD > 1:
         agree(0)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         dist.destroy_process_group()
 
 
 def leave(code: int):
-    """End, all processes."""
+    """End, all processes: once one has ended with an error, torchrun ends those that have more to say."""
+    if WORLD > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     disconnect()
     raise SystemExit(code)
 
