@@ -2,6 +2,7 @@
 
 import diffsim.program  # isort: skip  # noqa: F401  before torch: Ctrl-C in our programs is one line from now on
 import math
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 
@@ -87,8 +88,10 @@ def make(
         raise ValueError(f"unknown device '{device}'; use cpu or cuda")
     if isinstance(task, str):
         task = find_task(task)
-    usual_stiffness, usual_smoothing = (0.6, 3.0) if physics == "mujoco" else (Softness.stiffness, 1.0)
-    softness = Softness(usual_stiffness if stiffness is None else stiffness)
+    usual, usual_smoothing = Softness(), 1.0
+    if physics == "mujoco":  # its own law sees the gap at the start of a step, too
+        usual, usual_smoothing = Softness(0.6, limit_stiffness=1.0, foresight=False), 3.0
+    softness = replace(usual, stiffness=usual.stiffness if stiffness is None else stiffness)
     softness = softness.widened(usual_smoothing if smoothing is None else smoothing)
     return DiffEnv(task, num_envs, seed, device, physics, derivative, compile, dtype, softness)
 

@@ -54,6 +54,11 @@ def without_margins(model: Model) -> Model:
         return build_model(bare, model.softness, model.device, model.dtype, model.collisions)
 
 
+def hunt_crossley(stiffness: float, period, ratio, depth: float):
+    """d such that k depth d = 2 ratio sqrt(k mass): with k = stiffness mass / period^2 the mass cancels."""
+    return 2 * ratio * period / (np.sqrt(stiffness) * depth)
+
+
 class _Builder:
     def __init__(self, m, softness, device, dtype, collisions):
         self.m, self.softness, self.device, self.dtype, self.collisions = m, softness, device, dtype, collisions
@@ -157,9 +162,10 @@ class _Builder:
         if limited.any() and not disabled(m, "LIMIT", "CONSTRAINT"):
             g.limited = True
             period, ratio = self.solref(m.jnt_solref[joints])
-            k = self.softness.stiffness / (np.maximum(m.dof_invweight0[dof], 1e-9) * period**2)
+            stiffness = self.softness.stiffness * self.softness.limit_stiffness
+            k = stiffness / (np.maximum(m.dof_invweight0[dof], 1e-9) * period**2)
             g.limit_k = self.column(np.where(limited, k, 0))
-            g.limit_damping = self.column(self.hunt_crossley(period, ratio, self.softness.limit_depth))
+            g.limit_damping = self.column(hunt_crossley(stiffness, period, ratio, self.softness.limit_depth))
             margin = m.jnt_margin[joints]
             g.limit_low = self.column(np.where(limited, m.jnt_range[joints, 0] + margin, -1e6))
             g.limit_high = self.column(np.where(limited, m.jnt_range[joints, 1] - margin, 1e6))
@@ -174,10 +180,6 @@ class _Builder:
         period = np.where(direct, 1 / np.sqrt(stiffness), np.maximum(solref[:, 0], shortest) * solref[:, 1])
         ratio = np.where(direct, -solref[:, 1] / (2 * np.sqrt(stiffness)), solref[:, 1])
         return period, ratio
-
-    def hunt_crossley(self, period, ratio, depth):
-        """d such that k depth d = 2 ratio sqrt(k mass): with k = c mass / period^2 the mass cancels."""
-        return 2 * ratio * period / (np.sqrt(self.softness.stiffness) * depth)
 
     def fill_inertia(self, g: Group):
         m, n = self.m, len(g.joints)
@@ -256,7 +258,7 @@ class _Builder:
         period, ratio = self.solref(self.mixed_solref(geom, other))
         invweight = self.m.body_invweight0[self.m.geom_bodyid[[geom, other]], 0].sum()
         k = self.softness.stiffness / (max(invweight, 1e-9) * period[0] ** 2)
-        damping = self.hunt_crossley(period, ratio, self.softness.contact_depth)[0]
+        damping = hunt_crossley(self.softness.stiffness, period, ratio, self.softness.contact_depth)[0]
         return self.margin(geom, other), k, damping, self.friction(geom, other)
 
     def margin(self, geom, plane) -> float:

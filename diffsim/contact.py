@@ -4,33 +4,42 @@ It is smooth enough to differentiate (no force jumps at touch-down: Hunt & Cross
 implicitly, so that four substeps do where an explicit penalty needs dozens. README.md derives it.
 """
 
+from math import inf
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 
-def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, h: float) -> tuple[Tensor, Tensor, Tensor]:
+def normal_law(gap: Tensor, speed: Tensor, k, damping, law: tuple[float, float, bool], h: float):
     """Force of a unilateral spring-damper, and the implicit substep's share of it.
 
-        f = k delta max(0, 1 - d v),    delta = s softplus(-gap / s)
+        f = max(0, k delta - c v),    delta = s softplus(-gap / s),    c = k d delta D / (D + delta)
 
-    never pulls. To first order, at the end of the substep, where speed is v' and gap' = gap + h v',
+    never pulls. Its damping is Hunt and Crossley's k d delta where it is shallow, and tends to k d D. It is taken at
+    the end of the substep, where speed is v' and gap' = gap + h v', to first order about v and a gap g. g is the gap,
+    or with foresight gap + h v, where v leads to: what is fast is met before it has passed the surface.
 
-        h f(gap', v') = h (f + df/dgap h v' + df/dv (v' - v)) = impulse - weight v'
-        weight  = h^2 k sigmoid(-gap / s) max(0, 1 - d v) + h k delta d [d v < 1]
-        impulse = h (f + k delta d v [d v < 1])
+        h f(gap', v') = h (f + df/dgap (gap' - g) + df/dv (v' - v)) = impulse - weight v',    f and c at g
+        weight  = h^2 k sigmoid(-g / s) max(0, 1 - d v (D / (D + delta))^2) [f > 0] + h c [f > 0]
+        impulse = h f + h c v [f > 0],    with foresight h f + weight v
 
     Args: gap (m or rad, negative inside), speed v of opening (m/s or rad/s), stiffness k (N/m or N m/rad), damping d
-    (s/m or s/rad), width s of the softplus (m or rad), h (s); any shapes that broadcast.
+    (s/m or s/rad), law: width s of the softplus, D (m or rad; inf: as Hunt and Crossley), foresight; h (s). Any
+    shapes that broadcast.
     Returns: force (N or N m), weight (kg or kg m^2), impulse (N s or N m s).
     """
-    x = gap * (-1.0 / width)
+    width, deep, foresight = law
+    x = (gap + h * speed if foresight else gap) * (-1.0 / width)
     depth = width * softplus(x)  # delta
-    closing = torch.relu(1 - damping * speed)
-    damper = k * depth * damping * (closing > 0)  # -df/dv
-    force = k * depth * closing
-    weight = h * h * k * torch.sigmoid(x) * closing + h * damper  # -df/dgap = k sigmoid(x) closing
-    return force, weight, h * (force + damper * speed)
+    share = 1.0 if deep == inf else deep / (depth + deep)
+    damper = k * depth * damping * share  # c
+    force = torch.relu(k * depth - damper * speed)
+    touches = force > 0
+    damper = damper * touches  # -df/dv
+    slope = k * torch.sigmoid(x) * torch.relu(1 - damping * (share * share) * speed) * touches  # -df/dgap
+    weight = h * h * slope + h * damper
+    return force, weight, h * force + (weight if foresight else h * damper) * speed
 
 
 def friction_weight(force: Tensor, speed2: Tensor, friction, slip: float, h: float) -> Tensor:
