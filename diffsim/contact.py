@@ -4,12 +4,14 @@ It is smooth enough to differentiate (no force jumps at touch-down: Hunt & Cross
 implicitly, so that four substeps do where an explicit penalty needs dozens. README.md derives it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 
-def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, h: float) -> tuple[Tensor, Tensor, Tensor]:
+def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, most: float, h: float) -> tuple[Tensor, Tensor, Tensor]:
     """Force of a unilateral spring-damper, and the implicit substep's share of it.
 
         f = k delta max(0, 1 - d v),    delta = s softplus(-gap / s)
@@ -24,13 +26,15 @@ def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, h: float) -
     (s/m or s/rad), width s of the softplus (m or rad), h (s); any shapes that broadcast.
     Returns: force (N or N m), weight (kg or kg m^2), impulse (N s or N m s).
     """
-    x = gap * (-1.0 / width)
+    x = (gap + h * speed) * (-1.0 / width)
     depth = width * softplus(x)  # delta
-    closing = torch.relu(1 - damping * speed)
-    damper = k * depth * damping * (closing > 0)  # -df/dv
-    force = k * depth * closing
-    weight = h * h * k * torch.sigmoid(x) * closing + h * damper  # -df/dgap = k sigmoid(x) closing
-    return force, weight, h * (force + damper * speed)
+    share = 1.0 if most == math.inf else most / (depth + most)
+    damper = k * damping * depth * share
+    pushing = torch.relu(k * depth - damper * speed)
+    on = pushing > 0
+    slope = k * torch.sigmoid(x) * torch.relu(1 - damping * share * share * speed)
+    weight = h * (h * slope + damper) * on
+    return pushing, weight, h * pushing + weight * speed
 
 
 def friction_weight(force: Tensor, speed2: Tensor, friction, slip: float, h: float) -> Tensor:

@@ -11,6 +11,8 @@ a group, (p, n, B) for the contact points on them.
 
 from typing import NamedTuple
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def contact_terms(g: Group, frame: Frame, vel: Spatial, softness: Softness, h: f
     pos = Vec(x, y, z - c.radius)
     v = _per_point(g, vel).at(pos)
     gap = frame.origin.z + pos.z - c.ground
-    f_n, w_n, j_n = normal_law(gap, v.z, c.k, c.damping, softness.contact_width, h)
+    f_n, w_n, j_n = normal_law(gap, v.z, c.k, c.damping, softness.contact_width, softness.contact_depth, h)
     w_t = friction_weight(f_n, v.x * v.x + v.y * v.y, c.friction, softness.slip, h)
     return ContactTerms(gap, pos, v, f_n, w_t, w_n, j_n)
 
@@ -150,7 +152,7 @@ def joint_force(g: Group, q: Tensor, v: Tensor, tau: Tensor) -> Tensor:
 
 def limit_terms(g: Group, q: Tensor, v: Tensor, softness: Softness, h: float) -> tuple[Tensor, Tensor]:
     """Weight and impulse of a hinge's or slide's two stops: contacts in one dimension, the upper one mirrored."""
-    law = g.limit_k, g.limit_damping, softness.limit_width, h
+    law = g.limit_k, g.limit_damping, softness.limit_width, inf, h
     _, w_low, j_low = normal_law(q - g.limit_low, v, *law)
     _, w_high, j_high = normal_law(g.limit_high - q, -v, *law)
     return w_low + w_high, j_low - j_high
