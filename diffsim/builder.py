@@ -157,9 +157,9 @@ class _Builder:
         if limited.any() and not disabled(m, "LIMIT", "CONSTRAINT"):
             g.limited = True
             period, ratio = self.solref(m.jnt_solref[joints])
-            k = self.softness.stiffness / (np.maximum(m.dof_invweight0[dof], 1e-9) * period**2)
+            k = 5 * self.softness.stiffness / (np.maximum(m.dof_invweight0[dof], 1e-9) * period**2)
             g.limit_k = self.column(np.where(limited, k, 0))
-            g.limit_damping = self.column(self.hunt_crossley(period, ratio, self.softness.limit_depth))
+            g.limit_damping = self.column(self.hunt_crossley(period, ratio, self.softness.limit_depth) / 5**0.5)
             margin = m.jnt_margin[joints]
             g.limit_low = self.column(np.where(limited, m.jnt_range[joints, 0] + margin, -1e6))
             g.limit_high = self.column(np.where(limited, m.jnt_range[joints, 1] - margin, 1e6))
