@@ -16,9 +16,9 @@ def normal_law(gap: Tensor, speed: Tensor, k, damping, law: tuple[float, float, 
 
         f = max(0, k delta - c v),    delta = s softplus(-gap / s),    c = k d delta D / (D + delta)
 
-    never pulls. Its damping is Hunt and Crossley's k d delta where it is shallow, and tends to k d D. It is taken at
-    the end of the substep, where speed is v' and gap' = gap + h v', to first order about v and a gap g. g is the gap,
-    or with foresight gap + h v, where v leads to: what is fast is met before it has passed the surface.
+    never pulls. Its damping is Hunt and Crossley's k d delta where it is shallow, and tends to k d D. The substep takes
+    it at its end, where speed is v' and gap' = gap + h v', to first order about v and a gap g. g is the gap, or with
+    foresight gap + h v, where v leads to: what is fast is met before it has passed the surface.
 
         h f(gap', v') = h (f + df/dgap (gap' - g) + df/dv (v' - v)) = impulse - weight v',    f and c at g
         weight  = h^2 k sigmoid(-g / s) max(0, 1 - d v (D / (D + delta))^2) [f > 0] + h c [f > 0]
@@ -27,19 +27,25 @@ def normal_law(gap: Tensor, speed: Tensor, k, damping, law: tuple[float, float, 
     Args: gap (m or rad, negative inside), speed v of opening (m/s or rad/s), stiffness k (N/m or N m/rad), damping d
     (s/m or s/rad), law: width s of the softplus, D (m or rad; inf: as Hunt and Crossley), foresight; h (s). Any
     shapes that broadcast.
-    Returns: force (N or N m), weight (kg or kg m^2), impulse (N s or N m s).
+    Returns: force at the start (N or N m), weight (kg or kg m^2), impulse (N s or N m s).
     """
     width, deep, foresight = law
-    x = (gap + h * speed if foresight else gap) * (-1.0 / width)
-    depth = width * softplus(x)  # delta
-    share = 1.0 if deep == inf else deep / (depth + deep)
-    damper = k * depth * damping * share  # c
-    force = torch.relu(k * depth - damper * speed)
+    g = gap + h * speed if foresight else gap
+    depth, damper, force = _spring_damper(g, speed, k, damping, width, deep)
     touches = force > 0
     damper = damper * touches  # -df/dv
-    slope = k * torch.sigmoid(x) * torch.relu(1 - damping * (share * share) * speed) * touches  # -df/dgap
-    weight = h * h * slope + h * damper
-    return force, weight, h * force + (weight if foresight else h * damper) * speed
+    share = 1.0 if deep == inf else deep / (deep + depth)
+    slope = k * torch.sigmoid(g * (-1.0 / width)) * torch.relu(1 - damping * (share * share) * speed) * touches
+    weight = h * h * slope + h * damper  # slope: -df/dgap
+    impulse = h * force + (weight if foresight else h * damper) * speed
+    return _spring_damper(gap, speed, k, damping, width, deep)[2] if foresight else force, weight, impulse
+
+
+def _spring_damper(gap, speed, k, damping, width: float, deep: float) -> tuple[Tensor, Tensor, Tensor]:
+    """delta, c and f of `normal_law`."""
+    depth = width * softplus(gap * (-1.0 / width))
+    damper = k * damping * depth if deep == inf else k * damping * depth * (deep / (deep + depth))
+    return depth, damper, torch.relu(k * depth - damper * speed)
 
 
 def friction_weight(force: Tensor, speed2: Tensor, friction, slip: float, h: float) -> Tensor:

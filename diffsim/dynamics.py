@@ -204,17 +204,17 @@ def contact_points(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, Te
     check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
     frames = forward_kinematics(model, split(qpos, model.qpos_rows))
     velocities = twists(model, frames, split(qvel, model.dof_rows))
-    found, h = [], 1e-6
-    for i, g in enumerate(model.groups):
+    found = []
+    for i, g in enumerate(model.groups):  # h = 1 s: w_t is friction per speed
         if g.contacts is not None:
-            c = contact_terms(g, frames[i], velocities[i], model.softness, h)
-            found.append((g.contacts.index, c.gap, (-c.w_t / h * c.vel.x, -c.w_t / h * c.vel.y, c.f_n)))
+            c = contact_terms(g, frames[i], velocities[i], model.softness, 1.0)
+            found.append((g.contacts.index, c.gap, (-c.w_t * c.vel.x, -c.w_t * c.vel.y, c.f_n)))
         for pairs in g.pairs:
-            c = pair_terms(pairs, i, frames, velocities, model.softness, h)
-            found.append((pairs.index, c.gap, c.normal * c.f_n - c.slide * (c.w_t / h)))
+            c = pair_terms(pairs, i, frames, velocities, model.softness, 1.0)
+            found.append((pairs.index, c.gap, c.normal * c.f_n - c.slide * c.w_t))
     if model.links:
-        c = link_terms(model, frames, velocities, h)
-        found.append((model.links.index, c.gap, c.normal * c.f_n - c.slide * (c.w_t / h)))
+        c = link_terms(model, frames, velocities, 1.0)
+        found.append((model.links.index, c.gap, c.normal * c.f_n - c.slide * c.w_t))
     gaps, forces = [None] * len(model.contact_names), [None] * len(model.contact_names)
     for index, gap, force in found:  # (p, n, B)
         for j, places in enumerate(index):

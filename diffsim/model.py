@@ -40,6 +40,8 @@ class Softness:
     edge: float = 0.01  # m, radius of a box's edges between bodies, at most half of its least half size
 
     def __post_init__(self):
+        if not isinstance(self.foresight, bool):
+            raise ValueError(f"foresight of the softness is {self.foresight!r}; it must be True or False")
         for name, x in asdict(self).items():
             if name != "foresight" and not (isinstance(x, Real) and 0 < x < inf):
                 raise ValueError(f"{name} of the softness is {x!r}; it must be above 0, and finite")

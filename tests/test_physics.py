@@ -210,8 +210,8 @@ def state_on_the_ground(source):
 
 def assert_solves(A, x, b):
     assert abs(A @ x - b).max() < 1e-14 * (abs(A) @ abs(x)).max()  # the rounding of A x, no more
-    # a dense solver's x, but for what the condition makes of rounding: within 2e-12 at a condition of 1e5
-    assert relative(x, torch.linalg.solve(A, b)) < 1e-14 + 2e-17 * float(torch.linalg.cond(A))
+    # a dense solver's x, but for what the condition makes of rounding: within 5e-12 at a condition of 1e5
+    assert relative(x, torch.linalg.solve(A, b)) < 1e-14 + 5e-17 * float(torch.linalg.cond(A))
 
 
 @pytest.mark.parametrize("source", [*ROBOTS, *range(12)])
