@@ -54,7 +54,7 @@ def without_margins(model: Model) -> Model:
         return build_model(bare, model.softness, model.device, model.dtype, model.collisions)
 
 
-def hunt_crossley(stiffness: float, period, ratio, depth: float):
+def hunt_crossley(stiffness, period, ratio, depth: float):
     """d such that k depth d = 2 ratio sqrt(k mass): with k = stiffness mass / period^2 the mass cancels."""
     return 2 * ratio * period / (np.sqrt(stiffness) * depth)
 
@@ -162,7 +162,9 @@ class _Builder:
         if limited.any() and not disabled(m, "LIMIT", "CONSTRAINT"):
             g.limited = True
             period, ratio = self.solref(m.jnt_solref[joints])
-            stiffness = self.softness.stiffness * self.softness.limit_stiffness
+            in_mujoco = 1 / (1 - np.clip(m.jnt_solimp[joints, 1], 0, 0.9999))  # deep, as a share of what solref says
+            firmness = np.clip(in_mujoco / Softness.stiffness, 1, self.softness.limit_stiffness)
+            stiffness = self.softness.stiffness * firmness
             k = stiffness / (np.maximum(m.dof_invweight0[dof], 1e-9) * period**2)
             g.limit_k = self.column(np.where(limited, k, 0))
             g.limit_damping = self.column(hunt_crossley(stiffness, period, ratio, self.softness.limit_depth))

@@ -72,9 +72,7 @@ WORDS = {
 }
 PLAIN = """<mujoco><worldbody><body><joint name="j"/><geom size="1"/></body></worldbody>
 <tendon><fixed><joint joint="j" coef="1"/></fixed></tendon><actuator><motor joint="j"/></actuator></mujoco>"""
-# At an impedance d MuJoCo is 1/(1 - d) times as stiff as solref says, diffsim 2.4 times (limits 12): below these within
-# that depth (m or rad), MuJoCo is softer
-CONTACT_IMPEDANCE, LIMIT_IMPEDANCE = (0.6, 0.01), (0.92, 0.03)
+IMPEDANCE = 0.6  # at d MuJoCo is 1/(1 - d) times as stiff as solref says, diffsim 2.4 times: below, MuJoCo is softer
 
 
 class UnsupportedError(ValueError):
@@ -187,7 +185,7 @@ def _check_joints(m, no):
         if kind == "ball" and m.jnt_limited[i]:
             no(f"the range of ball {label(m, 'joint', i)}", "use three hinges")
         if m.jnt_limited[i]:
-            _check_softness(m.jnt_solref[i], m.jnt_solimp[i], LIMIT_IMPEDANCE, f"limit of {label(m, 'joint', i)}", no)
+            _check_softness(m.jnt_solref[i], m.jnt_solimp[i], 0.03, f"limit of {label(m, 'joint', i)}", no)
     for i in range(len(m.actuator_trntype)):
         actuator = label(m, "actuator", i)
         transmission, bias = TRANSMISSION.get(m.actuator_trntype[i]), BIAS.get(m.actuator_biastype[i])
@@ -203,13 +201,13 @@ def _check_joints(m, no):
                 no(f"{actuator}, a servo on a {kind} joint", "use <motor>")
 
 
-def _check_softness(solref, solimp, asked, of, no):
+def _check_softness(solref, solimp, depth, of, no):
     """The law of contacts and limits is diffsim's own (Softness). It takes solref, and is softer than MuJoCo's."""
     if not ((solref > 0).all() or (solref[0] < 0 and solref[1] <= 0)):
         no(f"solref {solref} of the {of}", "give two positive numbers, or two negative ones")
-    (least, most, width), (impedance, depth) = solimp[:3], asked
-    if most < impedance or (least < impedance and width > depth):
-        no(f"the soft solimp of the {of}", f"let the impedance reach {impedance} within {depth}")
+    least, most, width = solimp[:3]
+    if most < IMPEDANCE or (least < IMPEDANCE and width > depth):
+        no(f"the soft solimp of the {of}", f"let the impedance reach {IMPEDANCE} within {depth}")
 
 
 def _check_contacts(m, no, collisions):
@@ -236,9 +234,7 @@ def _check_contacts(m, no, collisions):
                 no(f"{field} of {label(m, 'geom', geom)}")
         if m.geom_condim[geom] > 3:
             no(f"condim {m.geom_condim[geom]} of {label(m, 'geom', geom)}", "use 3, sliding friction, or 1, none")
-        _check_softness(
-            m.geom_solref[geom], m.geom_solimp[geom], CONTACT_IMPEDANCE, f"contact of {label(m, 'geom', geom)}", no
-        )
+        _check_softness(m.geom_solref[geom], m.geom_solimp[geom], 0.01, f"contact of {label(m, 'geom', geom)}", no)
 
 
 # --- what the builder asks, too ---------------------------------------------------------------------------------

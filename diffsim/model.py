@@ -25,12 +25,12 @@ class Softness:
     """The compliant law of contacts and joint limits (contact.py): one set for all robots.
 
     Stiffness per point or joint is k = stiffness / (invweight0 timeconst^2) from the MJCF's solref and MuJoCo's
-    effective masses, of a limit times limit_stiffness. Damping rises with the depth, and would be critical (times
+    effective masses, of a limit up to limit_stiffness times that. Damping rises with the depth, and would be critical (times
     solref's damping ratio) at the reference depth.
     """
 
     stiffness: float = 2.4
-    limit_stiffness: float = 5.0  # of a limit by that of a contact
+    limit_stiffness: float = 5.0  # of a limit by that of a contact at most, where the MJCF's solimp is as stiff
     foresight: bool = True  # the gap is where the present speed leads to; damping of a contact becomes at most critical
     contact_width: float = 0.003  # m, of the softplus
     contact_depth: float = 0.005  # m, the reference depth

@@ -59,7 +59,7 @@ torso mass 9, density 300, size .3 .2 .1, pos .1 .2 .3, quat 1 2 3 4, euler 10 2
     solimp 0 .8 .01, condim 1, fluidshape ellipsoid, user 1, contype 0, class heavy
 joint axis 0 1 -1, pos 1 1 1, ref 20, springref 30, springdamper .5 1, stiffness 7, damping 4, armature .5,
     range -150 160, limited false, limited true, margin .01, group 3, user 1, solreffriction .1 1,
-    solimpfriction .1 .1 .1, solreflimit .01 2, solreflimit -100 -3, solimplimit 0 .95 .03, type slide,
+    solimpfriction .1 .1 .1, solreflimit .01 2, solreflimit -100 -3, solimplimit 0 .8 .03, type slide,
     actuatorfrclimited false
 geom fromto 0 0 0 .1 .2 .3, type sphere, mass 2, euler 10 20 30, axisangle 1 2 3 40, xyaxes 1 1 0 0 1 1, zaxis 1 2 3,
     castshadow false, fluidcoef 1 1 1 1 1, conaffinity 2

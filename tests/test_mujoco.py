@@ -101,7 +101,7 @@ def test_mismatch_is_the_engines_difference():
     start = env.get_state()
     action = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
     env.step(action)
-    soft = diffsim.make("hopper", 3, stiffness=0.6, smoothing=3, compile=False, dtype=torch.float64)
+    soft = DiffEnv(find_task("hopper"), 3, compile=False, dtype=torch.float64, softness=env.model.softness)
     soft.set_state(start)
     soft.step(action)
     joint = (soft.qpos - env.qpos)[3:].detach().abs().mean()
