@@ -89,8 +89,8 @@ def make(
     if isinstance(task, str):
         task = find_task(task)
     usual, usual_smoothing = Softness(), 1.0
-    if physics == "mujoco":  # its own law sees the gap at the start of a step, too
-        usual, usual_smoothing = Softness(0.6, limit_stiffness=1.0, foresight=False), 3.0
+    if physics == "mujoco":  # of its gradient alone
+        usual, usual_smoothing = Softness(0.6, limit_stiffness=1.0, release_depth=math.inf), 3.0
     softness = replace(usual, stiffness=usual.stiffness if stiffness is None else stiffness)
     softness = softness.widened(usual_smoothing if smoothing is None else smoothing)
     return DiffEnv(task, num_envs, seed, device, physics, derivative, compile, dtype, softness)

@@ -11,41 +11,32 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
-def normal_law(gap: Tensor, speed: Tensor, k, damping, law: tuple[float, float, bool], h: float):
+def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, h: float, release: float = inf):
     """Force of a unilateral spring-damper, and the implicit substep's share of it.
 
-        f = max(0, k delta - c v),    delta = s softplus(-gap / s),    c = k d delta D / (D + delta)
+        f = max(0, k delta - c v),    delta = s softplus(-gap / s),    c = k d delta r,    r = D / (D + delta) [v > 0]
 
-    never pulls. Its damping is Hunt and Crossley's k d delta where it is shallow, and tends to k d D. The substep takes
-    it at its end, where speed is v' and gap' = gap + h v', to first order about v and a gap g. g is the gap, or with
-    foresight gap + h v, where v leads to: what is fast is met before it has passed the surface.
+    never pulls. Its damping is Hunt and Crossley's on the way in (r = 1). On the way out it is at most k d D, so that
+    what is deep comes out. To first order, at the end of the substep, where speed is v' and gap' = gap + h v',
 
-        h f(gap', v') = h (f + df/dgap (gap' - g) + df/dv (v' - v)) = impulse - weight v',    f and c at g
-        weight  = h^2 k sigmoid(-g / s) max(0, 1 - d v (D / (D + delta))^2) [f > 0] + h c [f > 0]
-        impulse = h f + h c v [f > 0],    with foresight h f + weight v
+        h f(gap', v') = h (f + df/dgap h v' + df/dv (v' - v)) = impulse - weight v'
+        weight  = h^2 k sigmoid(-gap / s) max(0, 1 - d r^2 v) [f > 0] + h c [f > 0]
+        impulse = h (f + c v [f > 0])
 
     Args: gap (m or rad, negative inside), speed v of opening (m/s or rad/s), stiffness k (N/m or N m/rad), damping d
-    (s/m or s/rad), law: width s of the softplus, D (m or rad; inf: as Hunt and Crossley), foresight; h (s). Any
-    shapes that broadcast.
-    Returns: force at the start (N or N m), weight (kg or kg m^2), impulse (N s or N m s).
+    (s/m or s/rad), width s of the softplus (m or rad), h (s), release: D (m or rad; inf: r = 1); any shapes that
+    broadcast.
+    Returns: force (N or N m), weight (kg or kg m^2), impulse (N s or N m s).
     """
-    width, deep, foresight = law
-    g = gap + h * speed if foresight else gap
-    depth, damper, force = _spring_damper(g, speed, k, damping, width, deep)
+    x = gap * (-1.0 / width)
+    depth = width * softplus(x)  # delta
+    share = 1.0 if release == inf else torch.where(speed > 0, release / (release + depth), 1.0)  # r
+    damper = k * depth * damping * share  # c
+    force = torch.relu(k * depth - damper * speed)
     touches = force > 0
     damper = damper * touches  # -df/dv
-    share = 1.0 if deep == inf else deep / (deep + depth)
-    slope = k * torch.sigmoid(g * (-1.0 / width)) * torch.relu(1 - damping * (share * share) * speed) * touches
-    weight = h * h * slope + h * damper  # slope: -df/dgap
-    impulse = h * force + (weight if foresight else h * damper) * speed
-    return _spring_damper(gap, speed, k, damping, width, deep)[2] if foresight else force, weight, impulse
-
-
-def _spring_damper(gap, speed, k, damping, width: float, deep: float) -> tuple[Tensor, Tensor, Tensor]:
-    """delta, c and f of `normal_law`."""
-    depth = width * softplus(gap * (-1.0 / width))
-    damper = k * damping * depth if deep == inf else k * damping * depth * (deep / (deep + depth))
-    return depth, damper, torch.relu(k * depth - damper * speed)
+    slope = k * torch.sigmoid(x) * torch.relu(1 - damping * (share * share) * speed) * touches  # -df/dgap
+    return force, h * h * slope + h * damper, h * (force + damper * speed)
 
 
 def friction_weight(force: Tensor, speed2: Tensor, friction, slip: float, h: float) -> Tensor:

@@ -114,7 +114,7 @@ def contact_terms(g: Group, frame: Frame, vel: Spatial, softness: Softness, h: f
     pos = Vec(x, y, z - c.radius)
     v = _per_point(g, vel).at(pos)
     gap = frame.origin.z + pos.z - c.ground
-    f_n, w_n, j_n = normal_law(gap, v.z, c.k, c.damping, softness.contact_law, h)
+    f_n, w_n, j_n = normal_law(gap, v.z, c.k, c.damping, softness.contact_width, h, softness.release_depth)
     w_t = friction_weight(f_n, v.x * v.x + v.y * v.y, c.friction, softness.slip, h)
     return ContactTerms(gap, pos, v, f_n, w_t, w_n, j_n)
 
@@ -150,7 +150,7 @@ def joint_force(g: Group, q: Tensor, v: Tensor, tau: Tensor) -> Tensor:
 
 def limit_terms(g: Group, q: Tensor, v: Tensor, softness: Softness, h: float) -> tuple[Tensor, Tensor]:
     """Weight and impulse of a hinge's or slide's two stops: contacts in one dimension, the upper one mirrored."""
-    law = g.limit_k, g.limit_damping, softness.limit_law, h
+    law = g.limit_k, g.limit_damping, softness.limit_width, h
     _, w_low, j_low = normal_law(q - g.limit_low, v, *law)
     _, w_high, j_high = normal_law(g.limit_high - q, -v, *law)
     return w_low + w_high, j_low - j_high

@@ -25,36 +25,24 @@ class Softness:
     """The compliant law of contacts and joint limits (contact.py): one set for all robots.
 
     Stiffness per point or joint is k = stiffness / (invweight0 timeconst^2) from the MJCF's solref and MuJoCo's
-    effective masses, of a limit up to limit_stiffness times that. Damping rises with the depth, and would be critical (times
+    effective masses, of a limit up to limit_stiffness times that. Damping rises with the depth, and is critical (times
     solref's damping ratio) at the reference depth.
     """
 
     stiffness: float = 2.4
     limit_stiffness: float = 5.0  # of a limit by that of a contact at most, where the MJCF's solimp is as stiff
-    foresight: bool = True  # the gap is where the present speed leads to; damping of a contact becomes at most critical
     contact_width: float = 0.003  # m, of the softplus
-    contact_depth: float = 0.005  # m, the reference depth
+    contact_depth: float = 0.005  # m, where the damping is critical
+    release_depth: float = 0.005  # m, over which the damping of what comes out is bounded; inf: it is not
     limit_width: float = 0.01  # rad or m
     limit_depth: float = 0.03  # rad or m
     slip: float = 0.02  # m/s, regularisation of Coulomb friction
     edge: float = 0.01  # m, radius of a box's edges between bodies, at most half of its least half size
 
     def __post_init__(self):
-        if not isinstance(self.foresight, bool):
-            raise ValueError(f"foresight of the softness is {self.foresight!r}; it must be True or False")
         for name, x in asdict(self).items():
-            if name != "foresight" and not (isinstance(x, Real) and 0 < x < inf):
+            if not (isinstance(x, Real) and (0 < x < inf or (name, x) == ("release_depth", inf))):
                 raise ValueError(f"{name} of the softness is {x!r}; it must be above 0, and finite")
-
-    @property
-    def contact_law(self) -> tuple[float, float, bool]:
-        """What `contact.normal_law` wants to know of a contact beside its stiffness and damping."""
-        return self.contact_width, self.contact_depth if self.foresight else inf, self.foresight
-
-    @property
-    def limit_law(self) -> tuple[float, float, bool]:
-        """The same of a joint's limit."""
-        return self.limit_width, inf, self.foresight
 
     def widened(self, factor: float) -> "Softness":
         """The same law over `factor` times the widths."""

@@ -142,7 +142,7 @@ def _touch(pairs: Touching, a: tuple, b: tuple | None, swapped: bool, softness: 
     u = _relative(a_vel, b_vel, point, shift)
     u_n = normal.dot(u)
     slide, gap = u - normal * u_n, dist - pairs.reach
-    f_n, w_n, j_n = normal_law(gap, u_n, pairs.k, pairs.damping, softness.contact_law, h)
+    f_n, w_n, j_n = normal_law(gap, u_n, pairs.k, pairs.damping, softness.contact_width, h, softness.release_depth)
     w_t = friction_weight(f_n, slide.dot(slide), pairs.friction, softness.slip, h)
     return PairTerms(gap, point, shift, normal, slide, f_n, w_t, w_n, j_n)
 

@@ -210,8 +210,8 @@ def state_on_the_ground(source):
 
 def assert_solves(A, x, b):
     assert abs(A @ x - b).max() < 1e-14 * (abs(A) @ abs(x)).max()  # the rounding of A x, no more
-    # a dense solver's x, but for what the condition makes of rounding: within 5e-12 at a condition of 1e5
-    assert relative(x, torch.linalg.solve(A, b)) < 1e-14 + 5e-17 * float(torch.linalg.cond(A))
+    # a dense solver's x, but for what the condition makes of rounding: within 1e-12 at a condition of 1e5
+    assert relative(x, torch.linalg.solve(A, b)) < 1e-14 + 1e-17 * float(torch.linalg.cond(A))
 
 
 @pytest.mark.parametrize("source", [*ROBOTS, *range(12)])
@@ -244,21 +244,16 @@ def test_the_states_of_the_dense_equation_touch_and_pass_stops(source):
         assert any(bool(((x < g.limit_low) | (x > g.limit_high)).any()) for g, x in angles)
 
 
-@pytest.mark.parametrize("deep", [0.005, math.inf])
-@pytest.mark.parametrize("foresight", [True, False])
-def test_the_law_is_its_force_linearised_at_the_end_of_the_substep(deep, foresight):
+def test_the_law_is_its_force_linearised_at_the_end_of_the_substep():
     k, d, s, h = 1500.0, 5.0, 0.003, 0.004
     gap = torch.linspace(-0.01, 0.01, 9).double().repeat(9, 1).requires_grad_()
     speed = torch.linspace(-1, 1, 9).double()[:, None].repeat(1, 9).requires_grad_()  # from 1 / d = 0.2 on: no force
-    force, weight, impulse = normal_law(gap, speed, k, d, (s, deep, foresight), h)
-    at = (gap + h * speed if foresight else gap).detach().requires_grad_()
-    depth = s * torch.log1p(torch.exp(-at / s))
-    damper = k * depth * d if deep == math.inf else k * depth * d * deep / (depth + deep)
-    expected = (k * depth - damper * speed).clamp(min=0)
+    force, weight, impulse = normal_law(gap, speed, k, d, s, h)
+    expected = k * s * torch.log1p(torch.exp(-gap / s)) * (1 - d * speed).clamp(min=0)
     torch.testing.assert_close(force, expected)
-    by_gap, by_speed = torch.autograd.grad(expected.sum(), (at, speed))
+    by_gap, by_speed = torch.autograd.grad(expected.sum(), (gap, speed))
     for new_speed in (-0.7, 0.0, 0.3):
-        linear = h * (expected + by_gap * (gap + h * new_speed - at) + by_speed * (new_speed - speed))
+        linear = h * (expected + by_gap * h * new_speed + by_speed * (new_speed - speed))
         torch.testing.assert_close(impulse - weight * new_speed, linear)
     assert float(force.min()) == 0.0 and float(weight.min()) == 0.0 and float(weight.max()) > 0.01
     vx, vy, mu, slip = gap * 50, speed, 0.8, 0.02
@@ -306,24 +301,6 @@ def test_resting_weight_and_friction():
     assert (before - float(qvel[0])) / (50 * 0.002) == pytest.approx(mu * 9.81, rel=0.02)
 
 
-def test_what_is_fast_is_met_in_the_substep_it_arrives_in_and_what_is_deep_comes_out():
-    """Without foresight a foot at 8 m/s, as anymal's are, passes 2 cm of ground before a force is felt; with a damping
-    that rises with the depth it leaves at a crawl, 7 cm in 0.4 s."""
-    xml = """<mujoco><option timestep=".004"/><worldbody><geom type="plane" size="1 1 1"/><body pos="0 0 .05">
-    <joint type="slide" axis="0 0 1"/><geom size=".03" mass="1"/></body></worldbody></mujoco>"""
-    model = diffsim.load_model(xml, dtype=torch.float64)
-    model_without = diffsim.load_model(xml, dtype=torch.float64, softness=diffsim.Softness(foresight=False))
-
-    def gap(model, start, speed, substeps):
-        qpos, qvel = torch.tensor([[start - 0.02]]).double(), torch.tensor([[speed]]).double()
-        for _ in range(substeps):
-            qpos, qvel = diffsim.step(model, qpos, qvel, torch.zeros(0, 1).double())
-        return float(contact_points(model, qpos, qvel)[0])
-
-    assert gap(model_without, 0.01, -8.0, 1) < -0.017 and gap(model, 0.01, -8.0, 1) > -0.012
-    assert gap(model_without, -0.07, 0.0, 10) < -0.06 and gap(model, -0.07, 0.0, 10) > -0.01  # two time constants
-
-
 def test_a_stop_bears_what_pushes_against_it():
     xml = """<mujoco><option timestep=".002" gravity="0 0 0"/><worldbody><body>
     <joint name="j" axis="0 1 0" limited="true" range="-30 20" damping="1"/><geom size=".1" pos="0 0 -1" contype="0"
@@ -332,10 +309,10 @@ def test_a_stop_bears_what_pushes_against_it():
     (g,) = model.groups
     torque = torch.tensor([[3.0, -3.0]]).double()  # one environment against each stop
     q, v = torch.zeros(1, 2).double(), torch.zeros(1, 2).double()
-    for _ in range(6000):
+    for _ in range(3000):
         q, v = diffsim.step(model, q, v, torque)
     gap = torch.stack([g.limit_high[0, 0] - q[0, 0], q[0, 1] - g.limit_low[0, 0]])
-    force, _, _ = normal_law(gap, 0 * gap, g.limit_k[0], g.limit_damping[0], model.softness.limit_law, 0.002)
+    force, _, _ = normal_law(gap, 0 * gap, g.limit_k[0], g.limit_damping[0], model.softness.limit_width, 0.002)
     torch.testing.assert_close(force, torque[0].abs(), rtol=1e-3, atol=0)
     assert float(gap.abs().max()) < 0.05
 
@@ -386,7 +363,6 @@ def test_gradcheck_of_every_stage(source):
         torch.linspace(-0.01, 0.01, 9).double().requires_grad_(),
         torch.linspace(-1, 1, 9).double().requires_grad_(),
     )
-    for law in ((0.003, 0.005, True), (0.003, math.inf, False)):
-        check(lambda g, s: normal_law(g, s, 1500.0, 5.0, law, 0.004), gap, u)  # noqa: B023
+    check(lambda g, s: normal_law(g, s, 1500.0, 5.0, 0.003, 0.004), gap, u)
     force = torch.linspace(0.1, 5, 9).double().requires_grad_()
     check(lambda f, x, y: friction_weight(f, x * x + y * y, 0.8, 0.02, 0.004), force, u, gap)
