@@ -31,21 +31,21 @@ def normal_law(gap: Tensor, speed: Tensor, k, damping, law: tuple[float, float, 
     """
     width, deep, foresight = law
     g = gap + h * speed if foresight else gap
-    depth, damper, force = _spring_damper(g, speed, k, damping, width, deep)
+    depth, share, damper, force = _spring_damper(g, speed, k, damping, width, deep)
     touches = force > 0
     damper = damper * touches  # -df/dv
-    share = 1.0 if deep == inf else deep / (deep + depth)
     slope = k * torch.sigmoid(g * (-1.0 / width)) * torch.relu(1 - damping * (share * share) * speed) * touches
     weight = h * h * slope + h * damper  # slope: -df/dgap
     impulse = h * force + (weight if foresight else h * damper) * speed
-    return _spring_damper(gap, speed, k, damping, width, deep)[2] if foresight else force, weight, impulse
+    return _spring_damper(gap, speed, k, damping, width, deep)[3] if foresight else force, weight, impulse
 
 
-def _spring_damper(gap, speed, k, damping, width: float, deep: float) -> tuple[Tensor, Tensor, Tensor]:
-    """delta, c and f of `normal_law`."""
+def _spring_damper(gap, speed, k, damping, width: float, deep: float):
+    """delta, share of Hunt and Crossley's damping, c and f of `normal_law`."""
     depth = width * softplus(gap * (-1.0 / width))
-    damper = k * damping * depth if deep == inf else k * damping * depth * (deep / (deep + depth))
-    return depth, damper, torch.relu(k * depth - damper * speed)
+    share = torch.where(speed > 0, deep / (deep + depth), 1.0) if deep < inf else 1.0
+    damper = k * damping * depth * share
+    return depth, share, damper, torch.relu(k * depth - damper * speed)
 
 
 def friction_weight(force: Tensor, speed2: Tensor, friction, slip: float, h: float) -> Tensor:
