@@ -49,12 +49,12 @@ class Softness:
     @property
     def contact_law(self) -> tuple[float, float, bool]:
         """What `contact.normal_law` wants to know of a contact beside its stiffness and damping."""
-        return self.contact_width, self.contact_depth if self.foresight else inf, self.foresight
+        return self.contact_width, self.contact_depth if self.foresight else inf, False
 
     @property
     def limit_law(self) -> tuple[float, float, bool]:
         """The same of a joint's limit."""
-        return self.limit_width, inf, self.foresight
+        return self.limit_width, inf, False
 
     def widened(self, factor: float) -> "Softness":
         """The same law over `factor` times the widths."""
