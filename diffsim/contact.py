@@ -14,23 +14,24 @@ from torch.nn.functional import softplus
 def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, h: float, release: float = inf):
     """Force of a unilateral spring-damper, and the implicit substep's share of it.
 
-        f = max(0, k delta - c v),    delta = s softplus(-gap / s),    c = k d delta r,    r = D / (D + delta) [v > 0]
+        f = max(0, k delta - c v),    delta = s softplus(-gap / s),    c = k d delta share
 
-    never pulls. Its damping is Hunt and Crossley's on the way in (r = 1). On the way out it is at most k d D, so that
-    what is deep comes out. To first order, at the end of the substep, where speed is v' and gap' = gap + h v',
+    never pulls. Its damping is Hunt and Crossley's on the way in: share = 1. On the way out, v > 0, share is
+    D / (D + delta), and the damping at most k d D, so that what is deep comes out. To first order, at the end of the
+    substep, where speed is v' and gap' = gap + h v',
 
         h f(gap', v') = h (f + df/dgap h v' + df/dv (v' - v)) = impulse - weight v'
-        weight  = h^2 k sigmoid(-gap / s) max(0, 1 - d r^2 v) [f > 0] + h c [f > 0]
+        weight  = h^2 k sigmoid(-gap / s) max(0, 1 - d share^2 v) [f > 0] + h c [f > 0]
         impulse = h (f + c v [f > 0])
 
     Args: gap (m or rad, negative inside), speed v of opening (m/s or rad/s), stiffness k (N/m or N m/rad), damping d
-    (s/m or s/rad), width s of the softplus (m or rad), h (s), release: D (m or rad; inf: r = 1); any shapes that
+    (s/m or s/rad), width s of the softplus (m or rad), h (s), release: D (m or rad; inf: share = 1); any shapes that
     broadcast.
     Returns: force (N or N m), weight (kg or kg m^2), impulse (N s or N m s).
     """
     x = gap * (-1.0 / width)
     depth = width * softplus(x)  # delta
-    share = 1.0 if release == inf else torch.where(speed > 0, release / (release + depth), 1.0)  # r
+    share = 1.0 if release == inf else torch.where(speed > 0, release / (release + depth), 1.0)
     damper = k * depth * damping * share  # c
     force = torch.relu(k * depth - damper * speed)
     touches = force > 0

@@ -344,6 +344,8 @@ load_model(ARM, timestep=nan) | timestep
 load_model(ARM, device="tpu") | device
 Softness(stiffness=0) | stiffness
 Softness(stiffness=nan) | stiffness
+Softness(limit_stiffness=-1) | limit_stiffness
+Softness(release_depth=nan) | release_depth
 Softness().widened(0) | contact_width
 load_policy("nowhere") | no policy at nowhere
 load_policy(FOLDER) | no policy at

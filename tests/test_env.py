@@ -70,8 +70,8 @@ def test_float32_gradient_points_where_float64_does(standing):
 def test_reset_cuts_the_gradient_and_final_obs_carries_it():
     env = diffsim.make("ant", 2, **KW)
     env.reset()
-    env.qpos[2, 0] = 0.26  # falls at once
-    env.qvel[2, 0] = -1.0
+    env.qpos[2, 0], env.qvel[2, 0] = 0.26, -1.0  # falls at once
+    env.qpos[3:7, 0] = torch.tensor([0.0, 1.0, 0.0, 0.0])  # on its back: no feet in the ground push it up
     action = torch.zeros(2, 8, requires_grad=True)
     obs, reward, terminated, truncated, info = env.step(action)
     assert terminated.tolist() == [True, False] and truncated.tolist() == [False, False]

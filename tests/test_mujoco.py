@@ -1,6 +1,7 @@
 """MuJoCo's physics with diffsim's derivatives: the value is MuJoCo's, the gradient diffsim's at the same state."""
 
 import copy
+import math
 
 import gymnasium
 import mujoco
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 import diffsim
+from diffsim import DiffEnv, Softness
 from diffsim.mujoco_physics import MujocoPhysics, RealValue, motions
 from diffsim.physics import DiffsimPhysics
 from diffsim.play import playback_env
+from diffsim.tasks import find_task
 from tests import TINY, WINDOWS, rows, run_script, the_run
 
 
@@ -54,10 +57,10 @@ def test_the_gradient_is_diffsims_at_that_state(name):
     of_qpos, of_qvel = torch.randn(env.model.nq, 3).double(), torch.randn(env.model.nv, 3).double()
     if free:
         of_qpos[3:7] = 0  # directions off the unit sphere are no rotations: see the next test
-    gradients = []
-    softness = dict(stiffness=0.6, smoothing=3.0)  # unless it is given, that of MuJoCo's gradient
-    for kwargs in (dict(physics="mujoco"), dict(physics="diffsim") | softness):
-        env = diffsim.make(name, 3, compile=False, dtype=torch.float64, **kwargs)
+    gradients, softness = [], Softness(0.6, limit_stiffness=1.0, release_depth=math.inf).widened(3.0)
+    assert softness == diffsim.make(name, 3, physics="mujoco", compile=False).model.softness
+    for physics in ("mujoco", "diffsim"):
+        env = DiffEnv(find_task(name), 3, physics=physics, compile=False, dtype=torch.float64, softness=softness)
         env.set_state(start)
         env.step(action)
         loss = (env.qpos * of_qpos).sum() + (env.qvel * of_qvel).sum()
@@ -99,7 +102,7 @@ def test_mismatch_is_the_engines_difference():
     start = env.get_state()
     action = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
     env.step(action)
-    soft = diffsim.make("hopper", 3, stiffness=0.6, smoothing=3, compile=False, dtype=torch.float64)
+    soft = DiffEnv(find_task("hopper"), 3, compile=False, dtype=torch.float64, softness=env.model.softness)
     soft.set_state(start)
     soft.step(action)
     joint = (soft.qpos - env.qpos)[3:].detach().abs().mean()

@@ -210,8 +210,8 @@ def state_on_the_ground(source):
 
 def assert_solves(A, x, b):
     assert abs(A @ x - b).max() < 1e-14 * (abs(A) @ abs(x)).max()  # the rounding of A x, no more
-    # a dense solver's x, but for what the condition makes of rounding: within 1e-12 at a condition of 1e5
-    assert relative(x, torch.linalg.solve(A, b)) < 1e-14 + 1e-17 * float(torch.linalg.cond(A))
+    # a dense solver's x, but for what the condition makes of rounding: within 5e-12 at a condition of 1e5
+    assert relative(x, torch.linalg.solve(A, b)) < 1e-14 + 5e-17 * float(torch.linalg.cond(A))
 
 
 @pytest.mark.parametrize("source", [*ROBOTS, *range(12)])
@@ -244,12 +244,15 @@ def test_the_states_of_the_dense_equation_touch_and_pass_stops(source):
         assert any(bool(((x < g.limit_low) | (x > g.limit_high)).any()) for g, x in angles)
 
 
-def test_the_law_is_its_force_linearised_at_the_end_of_the_substep():
+@pytest.mark.parametrize("release", [0.005, math.inf])
+def test_the_law_is_its_force_linearised_at_the_end_of_the_substep(release):
     k, d, s, h = 1500.0, 5.0, 0.003, 0.004
     gap = torch.linspace(-0.01, 0.01, 9).double().repeat(9, 1).requires_grad_()
-    speed = torch.linspace(-1, 1, 9).double()[:, None].repeat(1, 9).requires_grad_()  # from 1 / d = 0.2 on: no force
-    force, weight, impulse = normal_law(gap, speed, k, d, s, h)
-    expected = k * s * torch.log1p(torch.exp(-gap / s)) * (1 - d * speed).clamp(min=0)
+    speed = torch.linspace(-1.1, 1, 9).double()[:, None].repeat(1, 9).requires_grad_()  # from 1 / d = 0.2 on: no force
+    force, weight, impulse = normal_law(gap, speed, k, d, s, h, release)
+    depth = s * torch.log1p(torch.exp(-gap / s))
+    bound = 1.0 if release == math.inf else torch.where(speed > 0, release / (release + depth), 1.0)
+    expected = k * depth * (1 - d * bound * speed).clamp(min=0)
     torch.testing.assert_close(force, expected)
     by_gap, by_speed = torch.autograd.grad(expected.sum(), (gap, speed))
     for new_speed in (-0.7, 0.0, 0.3):
@@ -301,6 +304,20 @@ def test_resting_weight_and_friction():
     assert (before - float(qvel[0])) / (50 * 0.002) == pytest.approx(mu * 9.81, rel=0.02)
 
 
+def test_what_is_deep_comes_out_in_the_time_constant_of_its_contact():
+    """With a damping that rises with the depth it leaves at 1 / d at most: 7 cm take 0.4 s, and feet stick."""
+    xml = """<mujoco><option timestep=".004"/><worldbody><geom type="plane" size="1 1 1"/><body pos="0 0 .03">
+    <joint type="slide" axis="0 0 1"/><geom size=".03" mass="1"/></body></worldbody></mujoco>"""
+    after = []
+    for release in (diffsim.Softness.release_depth, math.inf):
+        model = diffsim.load_model(xml, dtype=torch.float64, softness=diffsim.Softness(release_depth=release))
+        qpos, qvel = torch.tensor([[-0.07]]).double(), torch.zeros(1, 1).double()
+        for _ in range(10):  # two time constants
+            qpos, qvel = diffsim.step(model, qpos, qvel, torch.zeros(0, 1).double())
+        after.append(float(contact_points(model, qpos, qvel)[0]))
+    assert after[0] > -0.015 and after[1] < -0.06
+
+
 def test_a_stop_bears_what_pushes_against_it():
     xml = """<mujoco><option timestep=".002" gravity="0 0 0"/><worldbody><body>
     <joint name="j" axis="0 1 0" limited="true" range="-30 20" damping="1"/><geom size=".1" pos="0 0 -1" contype="0"
@@ -309,7 +326,7 @@ def test_a_stop_bears_what_pushes_against_it():
     (g,) = model.groups
     torque = torch.tensor([[3.0, -3.0]]).double()  # one environment against each stop
     q, v = torch.zeros(1, 2).double(), torch.zeros(1, 2).double()
-    for _ in range(3000):
+    for _ in range(6000):
         q, v = diffsim.step(model, q, v, torque)
     gap = torch.stack([g.limit_high[0, 0] - q[0, 0], q[0, 1] - g.limit_low[0, 0]])
     force, _, _ = normal_law(gap, 0 * gap, g.limit_k[0], g.limit_damping[0], model.softness.limit_width, 0.002)
@@ -363,6 +380,7 @@ def test_gradcheck_of_every_stage(source):
         torch.linspace(-0.01, 0.01, 9).double().requires_grad_(),
         torch.linspace(-1, 1, 9).double().requires_grad_(),
     )
-    check(lambda g, s: normal_law(g, s, 1500.0, 5.0, 0.003, 0.004), gap, u)
+    for release in (0.005, math.inf):
+        check(lambda g, s: normal_law(g, s, 1500.0, 5.0, 0.003, 0.004, release), gap, u + 0.01)  # noqa: B023
     force = torch.linspace(0.1, 5, 9).double().requires_grad_()
     check(lambda f, x, y: friction_weight(f, x * x + y * y, 0.8, 0.02, 0.004), force, u, gap)
