@@ -60,6 +60,8 @@ class Args(RunArgs):
     """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
     imagined_steps: Natural = 20
     """steps of the policy's roll-outs in the model, which add as many samples again (MBPO, 1906.08253); 0: none"""
+    known_ends: bool = False
+    """trial: Hopper's own termination in the model"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
     power_iterations: Few = 5
@@ -287,11 +289,19 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
     return sum(v["gain"] for v in visited), -torch.stack([v["log_prob"] for v in visited]).mean(), visited
 
 
+KNOWN = []  # trial: the normaliser, for Hopper's known ends
+
+
 def predicted_step(model, i, z, action):
     """dp, lr: the model's own next state, whose end is a probability."""
     z_next = model.step(z, action)
     reward, logit = model.outcome(z, action, z_next)
-    return z_next, reward, torch.sigmoid(logit), torch.zeros_like(logit, dtype=torch.bool)
+    if KNOWN:
+        obs = KNOWN[0].inverse(z_next.detach())
+        goes_on = ((obs[..., 0] > 0.7) & (obs[..., 1].abs() < 0.2)).float()
+    else:
+        goes_on = torch.sigmoid(logit)
+    return z_next, reward, goes_on, torch.zeros_like(logit, dtype=torch.bool)
 
 
 def real_step(model, segment, i, z, action):
@@ -382,6 +392,8 @@ if __name__ == "__main__":
     normalizer, changes, rewards = (Normalizer(dim).to(env.device) for dim in (obs_dim, obs_dim, 1))
     average = Actor(obs_dim, act_dim, replace(args, spectral_norm=False)).to(env.device).requires_grad_(False)
     move_average(average, actor, 1.0)
+    if args.known_ends:
+        KNOWN.append(normalizer)
     policy = DeterministicPolicy(normalizer, average, env.single_action_space).to(env.device)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, fused=True)
@@ -438,6 +450,46 @@ if __name__ == "__main__":
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
+
+    @torch.no_grad()
+    def diagnose():
+        alpha, n = temperature[0].exp(), 4000
+        index = (buffer.count - n + torch.arange(n)) % buffer.capacity
+        d = {k: x[index, 0] for k, x in buffer.data.items()}
+        z, z_next = normalizer(d["obs"]), normalizer(d["final_obs"])
+        action = torch.tanh(d["u"])
+        q = critic(z, action)
+        # what followed, soft, of those 4000 steps: discounted until an end; truncated: the critic's value
+        log_prob = d["log_prob"]
+        other, other_log_prob, _ = actor(z_next, randn(n, act_dim))
+        value_next = critic(z_next, other).amin(0) - alpha * other_log_prob
+        G, following = torch.zeros(n), value_next[-1]
+        for t in range(n - 1, -1, -1):
+            if d["terminated"][t]:
+                following = torch.tensor(0.0)
+            elif d["truncated"][t]:
+                following = value_next[t]
+            G[t] = d["reward"][t] + args.gamma * following
+            following = G[t] - alpha * log_prob[t]
+        keep = slice(0, n - 500)
+        _, logit = model.outcome(z, action, z_next)
+        ended = d["terminated"]
+        predicted = model.step(z, action)
+        start = normalizer(d["obs"][torch.randint(n, (1024,))])
+        rewards, goes = [], []
+        zz, alive = start, torch.ones(1024)
+        for k in range(50):
+            a, _, _ = actor(zz, randn(1024, act_dim))
+            zz, r, g, _ = predicted_step(model, 0, zz, a)
+            rewards.append((alive * r).sum() / alive.sum()); goes.append((alive * (1 - g)).sum() / alive.sum())
+            alive = alive * g
+        err = (predicted - z_next).square().mean() / (z_next - z).square().mean()
+        out = dict(q=q.amin(0)[keep].mean(), G=G[keep].mean(), q_dev=(q.amin(0) - G)[keep].std(), G_dev=G[keep].std(),
+            end_real=ended.float().mean(), end_head=torch.sigmoid(-logit)[~ended].mean(), end_hit=torch.sigmoid(-logit)[ended].mean(),
+            reward_real=d["reward"].mean(), reward_1=rewards[0], reward_20=torch.stack(rewards[:20]).mean(), reward_50=torch.stack(rewards).mean(),
+            end_20=torch.stack(goes[:20]).mean(), end_50=torch.stack(goes).mean(), model_err=err, zmax=zz.abs().max(), alpha=alpha, entropy=-log_prob.mean())
+        print("DIAG", run.global_step, {k: round(float(x), 4) for k, x in out.items()}, flush=True)
+
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
@@ -497,3 +549,5 @@ if __name__ == "__main__":
             run.log({"losses/entropy_coef": temperature[0].exp()} | env.diagnostics())
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))
+            if buffer.count > 6000:
+                diagnose()
