@@ -19,7 +19,7 @@ from diffsim.numpy_env import NumpyEnv
 from diffsim.tasks import TASKS, Task, default_physics, find_task, settings_of
 from diffsim.tasks.check import instance
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "DiffEnv", "GymnasiumEnv", "Model", "PHYSICS", "Softness", "TASKS", "Task", "UnsupportedError", "bias_force",
     "contact_force", "default_physics", "is_gymnasium_id", "load_model", "make", "mass_matrix", "settings_of", "step",
