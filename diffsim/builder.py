@@ -162,7 +162,7 @@ class _Builder:
         if limited.any() and not disabled(m, "LIMIT", "CONSTRAINT"):
             g.limited = True
             period, ratio = self.solref(m.jnt_solref[joints])
-            in_mujoco = 1 / (1 - np.clip(m.jnt_solimp[joints, 1], 0, 0.9999))  # deep, as a share of what solref says
+            in_mujoco = 1 / (1 - np.clip(m.jnt_solimp[joints, 1], 0, 0.9999))  # by what solref says, a contact's is 2.4
             firmness = np.clip(in_mujoco / Softness.stiffness, 1, self.softness.limit_stiffness)
             stiffness = self.softness.stiffness * firmness
             k = stiffness / (np.maximum(m.dof_invweight0[dof], 1e-9) * period**2)

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 class Softness:
     """The compliant law of contacts and joint limits (contact.py): one set for all robots.
 
-    Stiffness per point or joint is k = stiffness / (invweight0 timeconst^2) from the MJCF's solref and MuJoCo's
-    effective masses, of a limit up to limit_stiffness times that. Damping rises with the depth, and is critical (times
-    solref's damping ratio) at the reference depth.
+    Stiffness per point or joint is k = stiffness / (invweight0 period^2) from the MJCF's solref and MuJoCo's effective
+    masses (README.md), of a limit up to limit_stiffness times that. Damping rises with the depth, and is critical on
+    the way in (times solref's damping ratio) at the reference depth.
     """
 
     stiffness: float = 2.4
-    limit_stiffness: float = 5.0  # of a limit by that of a contact at most, where the MJCF's solimp is as stiff
+    limit_stiffness: float = 5.0  # of a limit by that of a contact, unless its solimp asks for less
     contact_width: float = 0.003  # m, of the softplus
     contact_depth: float = 0.005  # m, where the damping is critical
     release_depth: float = 0.005  # m, over which the damping of what comes out is bounded; inf: it is not
