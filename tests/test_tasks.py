@@ -66,7 +66,7 @@ def test_both_engines_observe_and_reward_a_state_alike(name):
         assert not terminated.any() and not torch.equal(env.qpos, before)
         torch.testing.assert_close(reward, expected)  # of where this engine's step went
         torch.testing.assert_close(obs, env.task.observe(env.qpos, env.qvel, action.T).T)
-    assert float((soft.qpos - hard.qpos).abs().max()) < 0.1
+    assert float((soft.qpos - hard.qpos).abs().max()) < 0.05
 
 
 @pytest.mark.parametrize(
