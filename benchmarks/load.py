@@ -27,7 +27,8 @@ def load_runs() -> pd.DataFrame:
 @cache
 def load_curves() -> dict[str, pd.DataFrame]:
     """curves.csv.gz by run."""
-    return dict(tuple(pd.read_csv(HERE / "curves.csv.gz").groupby("run", sort=False)))
+    curves = pd.read_csv(HERE / "curves.csv.gz").eval("steps = global_step\nminutes = wall_time_s / 60")
+    return dict(tuple(curves.groupby("run", sort=False)))
 
 
 def load_probes() -> pd.DataFrame:
@@ -63,14 +64,14 @@ def evaluation_at(run: str, key: str, spent: float) -> float:
     A run that was over in fewer minutes keeps its last; one of fewer steps has none.
     """
     curve = load_curves()[run].dropna(subset="eval_return")
-    if key == "global_step" and curve[key].iloc[-1] < 0.99 * spent:
+    if key == "steps" and curve[key].iloc[-1] < 0.99 * spent:
         return np.nan
     return float(np.interp(spent, curve[key], curve.eval_return, left=np.nan))
 
 
 def lowest_after_1m(run: str) -> float:
     """Of the evaluations from a million steps on, as a share of their median; nan of fewer than two."""
-    late = load_curves()[run].query("global_step > 990_000").eval_return.dropna()
+    late = load_curves()[run].query("steps > 990_000").eval_return.dropna()
     return late.min() / late.median() if len(late) > 1 else np.nan
 
 

@@ -128,14 +128,7 @@ def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), out: P
         return draw(of_user(folders), out)
     draw(committed(IN_DIFFSIM, "ant", "anymal", "humanoid", "hand"), HERE / "results.png")
     draw(committed(ON_MUJOCO, "ant", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), HERE / "mujoco.png")
-    against = committed(
-        f"{AGAINST} and tag in ['', 'sac', 'crossq']",
-        "Ant-v5",
-        "HalfCheetah-v5",
-        "Hopper-v5",
-        "Walker2d-v5",
-        "Humanoid-v5",
-    )
+    against = committed(f"{AGAINST} and tag in ['', 'sac', 'crossq']", *load_runs().query(AGAINST).env.unique())
     draw(against, HERE / "opponents.png", "eval_return", ("wall_time_s",))
     draw_gradients(HERE / "gradients.png")
 

@@ -18,7 +18,7 @@ from load import ALGORITHMS, ESTIMATORS, HERE, evaluation_at, iqm, latest_ppo, l
 
 lowest, markdown, spread = load.lowest_after_1m, load.markdown, load.spread
 READMES = [HERE.parent / "README.md", HERE / "README.md"]
-PPO = ["", "mujoco", "gymnasium", "30k"]  # tags of its ordinary runs
+ORDINARY = ["", "sapo", "mujoco", "gymnasium", "30k"]  # tags of runs that others are compared with
 VARIANT = ["env", "physics", "algorithm", "flags", "trial"]  # runs that differ in nothing but their seed
 
 
@@ -27,10 +27,6 @@ def after(group: pd.DataFrame, key: str, spent: float) -> str:
     """Interquartile mean of the runs' evaluations when `key` came to `spent`, and its 95 % interval."""
     values = [x for x in (evaluation_at(run, key, spent) for run in group.run) if x == x]
     return "{:,.0f} [{:,.0f}, {:,.0f}]".format(*iqm(values)) if len(values) > 1 else spread(values)
-
-
-def minutes_of_rpo(env: str) -> float:
-    return load_runs().query(f"{AGAINST} and algorithm == 'RPO' and env == '{env}'").minutes.median()
 
 
 def both_worst(group: pd.DataFrame, name: str, scale: float, digits: int) -> str:
@@ -50,12 +46,26 @@ def setting(group: pd.DataFrame) -> str:
     return "the paper's" if group.tag.iloc[0] == "paper" else f"`{flags}`" if flags else "defaults"
 
 
-def ppo_after(group: pd.DataFrame, key: str, spent: float) -> str:
-    """PPO's return while training, on the same engine, when its curve's `key` came to what a variant spent."""
-    engine = "==" if group.physics.iloc[0] == "diffsim" else "!="
-    same = f"script == 'ppo_baseline' and env == '{group.env.iloc[0]}' and physics {engine} 'diffsim'"
-    curves = (load_curves()[run] for run in latest_ppo(load_runs().query(f"{same} and tag in {PPO}")).run)
-    return spread([np.interp(spent, c[key], c.episodic_return) for c in curves])
+def rivals(group: pd.DataFrame, algorithm: str) -> list[pd.DataFrame]:
+    """Curves of another algorithm's ordinary runs, on the same task and engine."""
+    env, engine = group[["env", "mujoco"]].iloc[0]
+    same = load_runs().query("env == @env and mujoco == @engine and algorithm == @algorithm and tag in @ORDINARY")
+    return [load_curves()[run] for run in latest_ppo(same).run]
+
+
+def rival_after(algorithm: str, key: str, group: pd.DataFrame) -> str:
+    """Its return while training after as many `steps` or `minutes` as a variant's median run took."""
+    return spread([np.interp(group[key].median(), c[key], c.episodic_return) for c in rivals(group, algorithm)])
+
+
+def share_of_steps(algorithm: str, group: pd.DataFrame) -> str:
+    """Steps until a variant's return while training, but for the first tenth in which episodes begin at random times,
+    came to the median of the algorithm's last, as a share of its steps; inf: never."""
+    goal, steps = pd.DataFrame(
+        [c.iloc[-1] for c in rivals(group, algorithm)], columns=["episodic_return", "steps"]
+    ).median()
+    late = (load_curves()[run].query("steps > steps.max() / 10") for run in group.run)
+    return spread([c.steps.where(c.episodic_return >= goal, np.inf).min() / steps for c in late], 2)
 
 
 COLUMNS = {
@@ -84,12 +94,13 @@ COLUMNS = {
     "noise at the end": lambda g: spread(g["std"], 2),
     "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
     "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
-    "at RPO's minutes": lambda g: after(g, "wall_time_s", 60 * minutes_of_rpo(g.env.iloc[0])),
-    "at 1M steps": lambda g: after(g, "global_step", 1e6),
+    "at RPO's minutes": lambda g: after(g, "minutes", np.median([c.minutes.iloc[-1] for c in rivals(g, "RPO")])),
+    "at 1M steps": lambda g: after(g, "steps", 1e6),
     "lowest after 1M / median": lambda g: spread(map(lowest, g.run), 2),
-    "PPO in these steps": lambda g: ppo_after(g, "global_step", g.steps.median()),
-    "PPO in these minutes": lambda g: ppo_after(g, "wall_time_s", 60 * g.minutes.median()),
+    "share of SHAC's steps": partial(share_of_steps, "SHAC"),
 }
+for key in ("steps", "minutes"):
+    COLUMNS |= {f"{name} in these {key}": partial(rival_after, name, key) for name in ("SHAC", "SAPO", "PPO")}
 
 
 def by_variant(which: str, columns: str) -> str:
@@ -202,8 +213,9 @@ VARIANTS = {  # tables of by_variant
     ),
     "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9]+M') and tag != '1M'", f"{BASIC}, engine, on MuJoCo"),
     "equal_time": (
-        f"({IN_DIFFSIM} or {ON_MUJOCO}) and algorithm in ['RPO', 'SHAC']",
-        "task, engine, algorithm, steps, minutes, while training, PPO in these steps, PPO in these minutes",
+        f"({IN_DIFFSIM} or {ON_MUJOCO}) and algorithm == 'RPO'",
+        "task, engine, steps, minutes, while training, SHAC in these minutes, SAPO in these minutes, "
+        "PPO in these minutes, PPO in these steps, share of SHAC's steps",
     ),
     "ablation": (
         f"{RPO_ON_ANT} and (tag.str.startswith('1M') or tag in ['', 'paper'])",

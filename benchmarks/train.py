@@ -52,10 +52,8 @@ PLAN = [  # what --all runs, in this order: tasks, scripts, number of seeds, tag
     ("hopper walker ant anymal cheetah humanoid cartpole", "ppo_baseline shac", 3, "mujoco", ON_MUJOCO),
     ("ant anymal humanoid hopper", "rpo_diffsim shac ppo_baseline", 5, "", ""),
     ("ant anymal humanoid hopper", "shac", 5, "sapo", SAPO),
-    ("walker cheetah cartpole", "rpo_diffsim shac ppo_baseline", 3, "", ""),
+    ("walker cheetah cartpole hand", "rpo_diffsim shac ppo_baseline", 3, "", ""),
     ("walker cheetah cartpole hand", "shac", 3, "sapo", SAPO),
-    ("hand", "rpo_diffsim", 5, "", ""),
-    ("hand", "shac ppo_baseline", 3, "", ""),
     ("Hopper-v5 HalfCheetah-v5 Walker2d-v5 Ant-v5", "rp_pgm_mb", 5, "", ""),
 ]
 

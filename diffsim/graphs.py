@@ -31,7 +31,8 @@ def compiler(wanted: bool):
         def call(*inputs):
             nonlocal run, new
             if new:
-                print(f"compiling {function.__name__}: once, up to a minute or two", file=sys.stderr, flush=True)
+                name = function.__name__.replace("<lambda>", "a function")
+                print(f"compiling {name}: once, up to a minute or two", file=sys.stderr, flush=True)
                 new = False
             try:
                 return run(*inputs)

@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ LAYERS = [f"aten.{name}" for name in (  # as harmless, if not core: of the scrip
 WORDS = (torch.dtype, torch.memory_format, torch.layout)
 # what sizes of a batch are reckoned with
 PYTHON = {f.__name__: f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
+PROGRAMS: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # what policies were traced to, a second's work
 
 
 def import_compiler():
@@ -45,19 +47,17 @@ def import_compiler():
 def write_policy(policy: nn.Module, obs_dim: int, device, file, env: str = "", physics: str = ""):
     """`policy`: obs (B, obs_dim) -> action (B, act_dim), for any B. Raises ValueError, one line, for a policy that is
     no graph of PyTorch's core operations (one that branches on the values of its tensors, say)."""
-    example, said, buffer = (torch.zeros(2, obs_dim, device=device),), io.StringIO(), io.BytesIO()
+    obs, said, buffer = torch.linspace(-1, 1, 2 * obs_dim, device=device).view(2, obs_dim), io.StringIO(), io.BytesIO()
     import_compiler()
     logging.disable(logging.CRITICAL)  # torch tells of a failure in three ways before it raises
     try:
         with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(policy, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-            try:
-                graph = plain(program)
-            except ValueError:  # in core operations, then; takes half a second
-                graph = plain(program.run_decompositions())
-            data = dict(graph=graph, obs_dim=obs_dim, env=env, physics=physics)
-            Policy(data)(example[0])
+            if policy not in PROGRAMS or not computes(PROGRAMS[policy], policy, obs):
+                PROGRAMS[policy] = trace(policy, obs)
+            program, core = PROGRAMS[policy]
+            data = dict(graph=plain(core), obs_dim=obs_dim, env=env, physics=physics)
+            Policy(data)(obs)
             torch.save(data, buffer)
             torch.export.save(program, file, extra_files={ENTRY: base64.b64encode(buffer.getvalue()).decode()})
     except OSError:
@@ -67,6 +67,24 @@ def write_policy(policy: nn.Module, obs_dim: int, device, file, env: str = "", p
         raise ValueError(f"the policy cannot be exported, so nobody could play it: {reason}") from e
     finally:
         logging.disable(logging.NOTSET)
+
+
+def trace(policy: nn.Module, obs: Tensor) -> tuple:
+    """A policy as torch.export's program, which has the policy's own weights, and the same in core operations."""
+    program = torch.export.export(policy, (obs,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    try:
+        plain(program)
+        return program, program
+    except ValueError:  # takes half a second
+        return program, program.run_decompositions()
+
+
+@torch.no_grad()
+def computes(programs: tuple, policy: nn.Module, obs: Tensor) -> bool:
+    """Whether an earlier trace of a policy is still what it does: it may have changed in more than its weights."""
+    core = Policy(dict(graph=plain(programs[1]), obs_dim=obs.shape[1], env="", physics=""))
+    same = all(x is programs[0].state_dict.get(name) for name, x in policy.state_dict(keep_vars=True).items())
+    return same and torch.allclose(core(obs), policy(obs), equal_nan=True)
 
 
 def plain(program: torch.export.ExportedProgram) -> dict:

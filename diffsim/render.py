@@ -4,6 +4,7 @@ MuJoCo chooses its OpenGL when it is imported, so the drawing is done by a child
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,26 +35,34 @@ def check_path(path: str | Path):
 
 def render(mj_model: mujoco.MjModel, qpos: np.ndarray, control_dt: float, path: str):
     """Write frames qpos (T, nq) as a video (.mp4) at real speed, and eight of them side by side as .png beside it.
+    They are there whole, or not at all.
 
     Raises ValueError, one line, where there is no headless OpenGL.
     """
     check_path(path)
-    path = Path(path)
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
     with tempfile.TemporaryDirectory() as folder:
-        binary, frames = os.path.join(folder, "model.mjb"), os.path.join(folder, "qpos.npy")
+        binary, frames, video = (os.path.join(folder, name) for name in ("model.mjb", "qpos.npy", "video.mp4"))
         mujoco.mj_saveModel(mj_model, binary)
         np.save(frames, qpos)
         for backend in backends if sys.platform.startswith("linux") else [""]:
             environment = {**os.environ, "MUJOCO_GL": backend} if backend else dict(os.environ)
-            command = [sys.executable, __file__, binary, frames, str(control_dt), str(path.resolve())]
+            command = [sys.executable, __file__, binary, frames, str(control_dt), video]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode == 0:
-                return
+                return move(Path(video), Path(path))
     reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     raise ValueError(
         f"cannot draw ({reason}); without OpenGL, on Debian or Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6)"
     )
+
+
+def move(video: Path, path: Path):
+    try:
+        for suffix in (".mp4", ".png"):
+            shutil.move(video.with_suffix(suffix), path.with_suffix(suffix))
+    except OSError as e:
+        raise ValueError(f"cannot write {path}: {e.strerror}") from None
 
 
 def _draw(binary: str, frames: str, control_dt: str, path: str):

@@ -86,7 +86,7 @@ def test_curves_are_those_of_the_runs(runs):
 
 def test_every_run_is_in_a_table(runs):
     shown = {name for which, _ in tables.VARIANTS.values() for name in runs.query(which).run}
-    shown |= set(runs.run[(runs.script == "ppo_baseline") & runs.tag.isin(tables.PPO)])  # beside others' returns
+    shown |= set(runs.run[(runs.script == "ppo_baseline") & runs.tag.isin(tables.ORDINARY)])  # beside others' returns
     shown |= set(pd.read_csv(BENCHMARKS / "probes.csv").run)
     assert set(runs.run) == shown
 
@@ -115,16 +115,29 @@ def test_interquartile_mean_and_its_interval():
 def a_curve(monkeypatch):
     steps = 1e6 * np.array([0.25, 0.5, 0.995, 1.5, 2])
     evaluations = [nan, 100.0, 400, 300, 40]
-    curve = pd.DataFrame(dict(global_step=steps, wall_time_s=steps / 1e4, eval_return=evaluations))
+    curve = pd.DataFrame(dict(steps=steps, minutes=steps / 6e5, eval_return=evaluations))
     monkeypatch.setattr(load, "load_curves", lambda: dict(long=curve, short=curve[:2]))
 
 
 def test_evaluation_after_so_many_steps_or_minutes(a_curve):
     at = load.evaluation_at
-    assert at("long", "global_step", 747_500) == 250 and at("long", "wall_time_s", 200) == 40
-    assert np.isnan(at("long", "global_step", 4e5))  # before the first evaluation
-    assert np.isnan(at("short", "global_step", 1e6)) and at("short", "wall_time_s", 9e9) == 100
-    assert np.isnan(at("long", "wall_time_s", nan))
+    assert at("long", "steps", 747_500) == 250 and at("long", "minutes", 200 / 60) == 40
+    assert np.isnan(at("long", "steps", 4e5))  # before the first evaluation
+    assert np.isnan(at("short", "steps", 1e6)) and at("short", "minutes", 9e9) == 100
+    assert np.isnan(at("long", "minutes", nan))
+
+
+def test_rivals_after_as_many_minutes_and_the_share_of_their_steps(monkeypatch):
+    curve = pd.DataFrame(dict(steps=[5, 20, 60, 100], minutes=[1, 4, 12, 20], episodic_return=[9.0, 1, 4, 8]))
+    curves = dict(a=curve, b=curve, good=curve.assign(episodic_return=[9.0, 2, 8, 9]), bad=curve - 1)
+    runs = pd.DataFrame(dict(run=list(curves), algorithm=["SHAC", "SHAC", "RPO", "RPO"], physics="diffsim"))
+    runs = runs.assign(env="ant", mujoco=False, tag="", steps=100, minutes=8.0)
+    monkeypatch.setattr(tables, "load_runs", lambda: runs)
+    monkeypatch.setattr(tables, "load_curves", lambda: curves)
+    rpo = runs[runs.algorithm == "RPO"]
+    assert tables.COLUMNS["SHAC in these minutes"](rpo) == "2 [2, 2]"  # 2.5, half-way from 1 to 4
+    assert tables.COLUMNS["share of SHAC's steps"](rpo) == "inf [0.60, inf]"  # not the 9 at the beginning
+    assert tables.COLUMNS["PPO in these minutes"](rpo) == tables.share_of_steps("PPO", rpo) == ""
 
 
 def test_lowest_evaluation_shows_a_collapse(a_curve):

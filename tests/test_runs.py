@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import diffsim
+from diffsim import render
 from diffsim.program import is_ours
 from diffsim.run_files import provenance
 from tests import ROOT, SCRIPTS, command_line, play, rows, run_script, the_run
@@ -143,6 +146,26 @@ def test_a_video_that_cannot_be_is_one_line_before_anything_is_simulated(video, 
     monkeypatch.setattr(diffsim, "make", lambda *_, **__: pytest.fail("environments were made"))
     said = play(cartpole, "--video", tmp_path / video, expect=2).stderr.strip()
     assert f"cannot write {tmp_path / video}: " in said and len(said.splitlines()) == 1
+
+
+def test_a_video_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def interrupted(command, **how):
+        Path(command[-1]).write_bytes(b"a part of it")
+        raise SystemExit(130)
+
+    def drawn(command, **how):
+        for suffix in (".mp4", ".png"):
+            Path(command[-1]).with_suffix(suffix).write_bytes(b"all of it")
+        return types.SimpleNamespace(returncode=0)
+
+    model, path = diffsim.make("cartpole", 1, compile=False).mj_model, tmp_path / "cartpole.mp4"
+    monkeypatch.setattr(render.subprocess, "run", interrupted)
+    with pytest.raises(SystemExit):
+        render.render(model, np.zeros((2, 2)), 0.01, path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(render.subprocess, "run", drawn)
+    render.render(model, np.zeros((2, 2)), 0.01, path)
+    assert {file.read_bytes() for file in tmp_path.iterdir()} == {b"all of it"} and path.with_suffix(".png").exists()
 
 
 # --- play ---------------------------------------------------------------------------------------------------------

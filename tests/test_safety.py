@@ -15,6 +15,7 @@ import torch
 from diffsim import memory
 from diffsim import play as player
 from diffsim import policy as exported
+from diffsim import policy as policy_module
 from diffsim.physics import cache_dir
 from diffsim.play import evaluate, load_policy, playback_env
 from diffsim.policy import ENTRY, read_policy, write_policy
@@ -312,6 +313,34 @@ def test_a_forks_network_is_read_as_it_was_written(network, tmp_path):
     assert (read.env, read.physics, read.obs_dim) == ("ant", "mujoco", 10)
     torch.testing.assert_close(read(obs), policy(obs))
     torch.testing.assert_close(torch.export.load(tmp_path / "policy.pt2").module()(obs), policy(obs))
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = torch.nn.Linear(10, 2), 1.0
+
+    def forward(self, obs):
+        return self.scale * self.layer(obs)
+
+
+def test_a_policy_is_traced_again_only_where_more_than_its_weights_has_changed(tmp_path, monkeypatch):
+    traced, trace, policy, obs = [], policy_module.trace, Scaled(), torch.randn(7, 10)
+    monkeypatch.setattr(policy_module, "trace", lambda *args: traced.append(1) or trace(*args))
+
+    def times_traced() -> int:
+        write_policy(policy, 10, "cpu", tmp_path / "policy.pt2")
+        torch.testing.assert_close(read_policy(tmp_path)(obs), policy(obs))
+        torch.testing.assert_close(torch.export.load(tmp_path / "policy.pt2").module()(obs), policy(obs))
+        return len(traced)
+
+    assert times_traced() == times_traced() == 1
+    torch.nn.init.normal_(policy.layer.weight)
+    assert times_traced() == 1
+    policy.scale = 2.0
+    assert times_traced() == 2
+    policy.layer = torch.nn.Linear(10, 2)
+    assert times_traced() == 3
 
 
 def test_a_network_that_is_no_graph_is_named_before_training(tmp_path, capfd):
