@@ -70,6 +70,8 @@ class Args(RunArgs):
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
+    num_models: Few = 5
+    """dynamics that are learned side by side, of which each predicts a share of the samples (PETS, MBPO)"""
     model_updates: Few = 1
     """updates of the model in such an update (the paper: 4)"""
     policy_frequency: Count = 2
@@ -197,13 +199,20 @@ class Model(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.dynamics = mlp([obs_dim + act_dim, *args.model_hidden, obs_dim], args, range(len(args.model_hidden)))
+        sizes = [obs_dim + act_dim, *args.model_hidden, obs_dim]
+        members = (mlp(sizes, args, range(len(args.model_hidden))) for _ in range(args.num_models))
+        self.dynamics = nn.ModuleList(members)
         self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args)
         self.register_buffer("change", torch.ones(obs_dim))  # root mean square of s' - s
         self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and deviation
 
+    def predict(self, z, action):
+        """(B, obs_dim): every member has its share of the samples, in training too, so that members differ."""
+        parts = torch.cat([z, action], -1).chunk(len(self.dynamics))
+        return torch.cat([member(part) for member, part in zip(self.dynamics, parts)])
+
     def step(self, z, action):
-        return z + self.change * self.dynamics(torch.cat([z, action], -1))  # next observation (B, obs_dim)
+        return z + self.change * self.predict(z, action)  # next observation (B, obs_dim)
 
     def outcome(self, z, action, z_next):
         """Reward and logit of going on, both (B,)."""
@@ -214,7 +223,7 @@ class Model(nn.Module):
         """Squared errors of next observation and reward; cross entropy of termination: E[loss of a step that goes on]
         + share * E[loss of one that ends]. Those are one of hundreds, so `ends` is a batch of them alone."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
-        state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
+        state_loss = (self.predict(z, action) - (z_next - z) / self.change).square().mean()
         reward, logit = self.outcome(z, action, z_next)
         reward_loss = ((reward - batch["reward"]) / self.reward[1]).square().mean()
         _, end_logit = self.outcome(ends["z"], torch.tanh(ends["u"]), ends["z_next"])
@@ -459,10 +468,12 @@ if __name__ == "__main__":
         n = run.global_step - args.learning_starts
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
-                batch = {k: x[0] for k, x in buffer.sample(args.batch_size).items()}
+                batch = {k: x[0] for k, x in buffer.sample(args.num_models * args.batch_size).items()}
                 losses = model_gradient(batch, *buffer.ends(args.batch_size))
                 model_optimizer.step()
-                update_spectral_norm(model.dynamics)
+                for member in model.dynamics:
+                    update_spectral_norm(member)
+            batch = {k: x[: args.batch_size] for k, x in batch.items()}
             run.lap("model")
 
             alpha, h = temperature[0].detach().exp(), args.unroll if run.global_step > args.model_warmup else 0
