@@ -70,7 +70,7 @@ class Args(RunArgs):
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
-    num_models: Few = 5
+    num_models: Few = 4
     """dynamics that are learned side by side, of which each predicts a share of the samples (PETS, MBPO)"""
     model_updates: Few = 1
     """updates of the model in such an update (the paper: 4)"""
@@ -468,7 +468,7 @@ if __name__ == "__main__":
         n = run.global_step - args.learning_starts
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
-                batch = {k: x[0] for k, x in buffer.sample(args.num_models * args.batch_size).items()}
+                batch = {k: x[0] for k, x in buffer.sample(args.num_models * args.batch_size // 2).items()}
                 losses = model_gradient(batch, *buffer.ends(args.batch_size))
                 model_optimizer.step()
                 for member in model.dynamics:
