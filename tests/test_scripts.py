@@ -160,7 +160,7 @@ def test_every_number_has_bounds_and_every_flag_a_word_of_help(script, capsys):
 COMMON = dict(
     device="cpu", compile=False, num_threads=1, save_every=1000, capture_video=False, env="cartpole", physics="mujoco",
     seed=7, num_envs=3, total_timesteps=5000, gamma=0.9, actor_hidden=(8, 4), critic_hidden=(4,), log_std_init=-0.7,
-    eval_every=6, eval_episodes=2, eval_physics=True, max_grad_norm=0.4, entropy_coef=0.2,
+    eval_every=9, eval_episodes=2, eval_physics=True, max_grad_norm=0.4, entropy_coef=0.2,
 )  # fmt: skip
 THROUGH_PHYSICS = dict(
     activation="silu", derivative="mujoco",
@@ -182,7 +182,7 @@ GIVEN = {
         norm_obs=False, norm_reward=False,
     ),
     "rp_pgm_mb.py": COMMON | dict(
-        gradient="dr", unroll=2, spectral_norm=False, expand_critic=False, imagined_steps=3, learning_starts=9,
+        eval_every=30, gradient="dr", unroll=2, spectral_norm=False, expand_critic=False, imagined_steps=3, learning_starts=9,
         model_warmup=12, power_iterations=2, update_ratio=0.5, model_updates=2, policy_frequency=1, batch_size=4,
         dr_recent=100, buffer_size=200, learn_entropy_coef=False,
         actor_learning_rate=1e-4, critic_learning_rate=2e-3, model_learning_rate=2e-3, tau=0.01, policy_average=0.01,
