@@ -460,9 +460,10 @@ if __name__ == "__main__":
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
                 batch = {k: x[0] for k, x in buffer.sample(args.batch_size).items()}
+                model.dynamics.train()  # power iterations, within the graph, of weights that have changed
                 losses = model_gradient(batch, *buffer.ends(args.batch_size))
+                model.dynamics.eval()
                 model_optimizer.step()
-                update_spectral_norm(model.dynamics)
             run.lap("model")
 
             alpha, h = temperature[0].detach().exp(), args.unroll if run.global_step > args.model_warmup else 0
