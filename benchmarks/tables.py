@@ -91,7 +91,7 @@ COLUMNS = {
     "setting": setting,
     "KL": lambda g: spread(g.kl, 3),
     "inside the clip range": lambda g: f"{100 * g.inside_clip.mean():.0f} %",
-    "noise at the end": lambda g: spread(g["std"], 2),
+    "std of its noise": lambda g: spread(g["std"], 2),
     "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
     "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
     "at RPO's minutes": lambda g: after(g, "minutes", np.median([c.minutes.iloc[-1] for c in rivals(g, "RPO")])),
@@ -200,7 +200,7 @@ AGAINST = (  # on Gymnasium's tasks: RPO, PPO on the batched twin, and SBX
 RPO_ON_ANT = "env == 'ant' and algorithm == 'RPO' and physics == 'diffsim'"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant
-    "paper": (f"{RPO_ON_ANT} and tag in ['', 'paper']", "setting, steps, seeds, return, minutes, noise at the end"),
+    "paper": (f"{RPO_ON_ANT} and tag in ['', 'paper']", "setting, steps, seeds, return, minutes, std of its noise"),
     "learning": (f"{IN_DIFFSIM} and env != 'hand'", f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
     "opponents": (
         AGAINST,
