@@ -61,9 +61,8 @@ def rival_after(algorithm: str, key: str, group: pd.DataFrame) -> str:
 def share_of_steps(algorithm: str, group: pd.DataFrame) -> str:
     """Steps until a variant's return while training, but for the first tenth in which episodes begin at random times,
     came to the median of the algorithm's last, as a share of its steps; inf: never."""
-    goal, steps = pd.DataFrame(
-        [c.iloc[-1] for c in rivals(group, algorithm)], columns=["episodic_return", "steps"]
-    ).median()
+    last = [c.iloc[-1] for c in rivals(group, algorithm)]
+    goal, steps = pd.DataFrame(last, columns=["episodic_return", "steps"]).median()
     late = (load_curves()[run].query("steps > steps.max() / 10") for run in group.run)
     return spread([c.steps.where(c.episodic_return >= goal, np.inf).min() / steps for c in late], 2)
 
@@ -220,10 +219,6 @@ VARIANTS = {  # tables of by_variant
     "ablation": (
         f"{RPO_ON_ANT} and (tag.str.startswith('1M') or tag in ['', 'paper'])",
         "setting, steps, seeds, return, KL, inside the clip range",
-    ),
-    "kl": (
-        "algorithm == 'RPO' and env == 'Hopper-v5' and seed < 100",
-        "task, setting, seeds, KL, return, lowest since half-way, 10 more episodes, falls in 64",
     ),
     "trials": ("seed > 100", "task, algorithm, trial, setting, seed, steps, evaluations, minutes"),
     "model": (
