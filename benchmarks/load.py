@@ -9,6 +9,7 @@ import pandas as pd
 HERE = Path(__file__).parent
 ALGORITHMS = ["RPO", "SHAC", "SAPO", "PPO", "RP-PGM", "SAC (SBX)", "CrossQ (SBX)"]
 ESTIMATORS = dict(dp="DP (FMG)", dr="DR (MVG)", lr="LR (FMG)", mfg="score function (MFG)", true="through the simulator")
+ORDINARY = ["", "sapo", "mujoco", "gymnasium", "30k"]  # tags of runs that others are compared with
 DRAWS = 32  # of 64 samples each, in a probe
 
 
@@ -29,6 +30,21 @@ def load_curves() -> dict[str, pd.DataFrame]:
     """curves.csv.gz by run."""
     curves = pd.read_csv(HERE / "curves.csv.gz").eval("steps = global_step\nminutes = wall_time_s / 60")
     return dict(tuple(curves.groupby("run", sort=False)))
+
+
+@cache
+def speed(env: str, algorithm: str, mujoco: bool) -> float:
+    """Environment steps/s of training, measured beside the others'; nan where it was not."""
+    asked = "env == @env and algorithm == @algorithm and batch == 0"
+    rows = pd.read_csv(HERE / "throughput.csv").query(asked)
+    return rows[rows["flags"].fillna("").str.contains("--physics mujoco") == mujoco].training.median()
+
+
+def rivals(group: pd.DataFrame, algorithm: str) -> list[pd.DataFrame]:
+    """Curves of another algorithm's ordinary runs, on the same task and engine."""
+    env, engine = group[["env", "mujoco"]].iloc[0]
+    same = load_runs().query("env == @env and mujoco == @engine and algorithm == @algorithm and tag in @ORDINARY")
+    return [load_curves()[run] for run in latest_ppo(same).run]
 
 
 def load_probes() -> pd.DataFrame:

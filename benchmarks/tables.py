@@ -18,7 +18,6 @@ from load import ALGORITHMS, ESTIMATORS, HERE, evaluation_at, iqm, latest_ppo, l
 
 lowest, markdown, spread = load.lowest_after_1m, load.markdown, load.spread
 READMES = [HERE.parent / "README.md", HERE / "README.md"]
-ORDINARY = ["", "sapo", "mujoco", "gymnasium", "30k"]  # tags of runs that others are compared with
 VARIANT = ["env", "physics", "algorithm", "flags", "trial"]  # runs that differ in nothing but their seed
 
 
@@ -46,22 +45,18 @@ def setting(group: pd.DataFrame) -> str:
     return "the paper's" if group.tag.iloc[0] == "paper" else f"`{flags}`" if flags else "defaults"
 
 
-def rivals(group: pd.DataFrame, algorithm: str) -> list[pd.DataFrame]:
-    """Curves of another algorithm's ordinary runs, on the same task and engine."""
-    env, engine = group[["env", "mujoco"]].iloc[0]
-    same = load_runs().query("env == @env and mujoco == @engine and algorithm == @algorithm and tag in @ORDINARY")
-    return [load_curves()[run] for run in latest_ppo(same).run]
-
-
 def rival_after(algorithm: str, key: str, group: pd.DataFrame) -> str:
-    """Its return while training after as many `steps` or `minutes` as a variant's median run took."""
-    return spread([np.interp(group[key].median(), c[key], c.episodic_return) for c in rivals(group, algorithm)])
+    """Its return while training in as many `steps` as a variant took, or `minutes`, by speeds measured together."""
+    env, own, mujoco = group[["env", "algorithm", "mujoco"]].iloc[0]
+    faster = load.speed(env, algorithm, mujoco) / load.speed(env, own, mujoco) if key == "minutes" else 1
+    at = faster * group.steps.median()
+    return spread([np.interp(at, c.steps, c.episodic_return) for c in load.rivals(group, algorithm)])
 
 
 def share_of_steps(algorithm: str, group: pd.DataFrame) -> str:
     """Steps until a variant's return while training, but for the first tenth in which episodes begin at random times,
     came to the median of the algorithm's last, as a share of its steps; inf: never."""
-    last = [c.iloc[-1] for c in rivals(group, algorithm)]
+    last = [c.iloc[-1] for c in load.rivals(group, algorithm)]
     goal, steps = pd.DataFrame(last, columns=["episodic_return", "steps"]).median()
     late = (load_curves()[run].query("steps > steps.max() / 10") for run in group.run)
     return spread([c.steps.where(c.episodic_return >= goal, np.inf).min() / steps for c in late], 2)
@@ -93,7 +88,7 @@ COLUMNS = {
     "std of its noise": lambda g: spread(g["std"], 2),
     "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
     "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
-    "at RPO's minutes": lambda g: after(g, "minutes", np.median([c.minutes.iloc[-1] for c in rivals(g, "RPO")])),
+    "at RPO's minutes": lambda g: after(g, "minutes", np.median([c.minutes.iloc[-1] for c in load.rivals(g, "RPO")])),
     "at 1M steps": lambda g: after(g, "steps", 1e6),
     "lowest after 1M / median": lambda g: spread(map(lowest, g.run), 2),
     "share of SHAC's steps": partial(share_of_steps, "SHAC"),
@@ -174,7 +169,7 @@ def throughput() -> str:
 
 
 def scaling() -> str:
-    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str, flags=str)).query("processes > 0")
+    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str, flags=str)).query("processes > 0 and batch > 0")
     alike = found.fillna(dict(flags="")).groupby(["env", "flags", "batch", "processes"])  # in this order, as well
     commits = alike.commit.agg(lambda x: " ".join(x.unique()))
     found = alike.median(numeric_only=True).assign(commit=commits, times=alike.size()).reset_index()
@@ -189,6 +184,14 @@ def scaling() -> str:
     ]  # fmt: skip
     names = ["env", "setting", "environments a process", "processes", "steps/s", "simulate (ms)", "policy (ms)"]
     return markdown([*names, "critic (ms)", "times one process of as many", "seconds", "measured", "commit"], rows)
+
+
+def speeds() -> str:
+    """Environment steps/s of training in diffsim, one process with a script's own number of environments."""
+    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).query("batch == 0")
+    cells = found.pivot_table("training", "env", "algorithm", "median").map("{:,.0f}".format)
+    cells = cells[[name for name in ALGORITHMS if name in cells]]
+    return markdown(["task", *cells], cells.reset_index().values.tolist())
 
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
@@ -213,8 +216,8 @@ VARIANTS = {  # tables of by_variant
     "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9]+M') and tag != '1M'", f"{BASIC}, engine, on MuJoCo"),
     "equal_time": (
         f"({IN_DIFFSIM} or {ON_MUJOCO}) and algorithm == 'RPO'",
-        "task, engine, steps, minutes, while training, SHAC in these minutes, SAPO in these minutes, "
-        "PPO in these minutes, PPO in these steps, share of SHAC's steps",
+        "task, engine, steps, while training, SHAC in these steps, SAPO in these steps, PPO in these steps, "
+        "SHAC in these minutes, SAPO in these minutes, PPO in these minutes, share of SHAC's steps",
     ),
     "ablation": (
         f"{RPO_ON_ANT} and (tag.str.startswith('1M') or tag in ['', 'paper'])",
@@ -228,7 +231,7 @@ VARIANTS = {  # tables of by_variant
 }
 TABLES = {name: partial(by_variant, *what) for name, what in VARIANTS.items()}
 TABLES |= dict(results=partial(by_algorithm, IN_DIFFSIM), results_mujoco=partial(by_algorithm, ON_MUJOCO))
-TABLES |= dict(variance=variance, bias=bias, truth=truth, throughput=throughput, scaling=scaling)
+TABLES |= dict(variance=variance, bias=bias, truth=truth, throughput=throughput, scaling=scaling, speeds=speeds)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 

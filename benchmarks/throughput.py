@@ -1,6 +1,6 @@
 """Physics in substeps/s beside MuJoCo C on one thread: OMP_NUM_THREADS=1 python benchmarks/throughput.py [--env ant]
 
-With --processes 1 or 2, RPO's training in steps/s, and seconds until an evaluation comes to --until.
+With --processes 1 or 2, a script's training in steps/s, and seconds until an evaluation comes to --until.
 Rows are added to throughput.csv in --results as they come (`--results benchmarks`: the committed file).
 """
 
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import tyro
 from mujoco import rollout
-from train import FOLDERS, commit, diffsim, start
+from train import FOLDERS, algorithm, commit, diffsim, start
 
 HORIZON, REPEATS = 32, 5  # control steps of a window; measurements, of which the median is kept
 
@@ -28,11 +28,13 @@ class Args:
     env: str = "ant"
     """task"""
     batches: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)
-    """numbers of environments"""
+    """numbers of environments; in training 0 is the script's own"""
     compile: bool = True
     """compile the physics"""
     processes: int = 0
     """measure training by so many processes, each with `batches` environments"""
+    script: str = "rpo_diffsim"
+    """script that trains"""
     flags: str = ""
     """more flags for that training, one string"""
     until: float = 0.0
@@ -82,8 +84,9 @@ def physics_row(args: Args, batch: int) -> dict:
 
 
 def training(args: Args, batch: int, *flags: str) -> pd.DataFrame:
-    """metrics.csv of RPO's training."""
-    job = dict(script="rpo_diffsim", env=args.env, seed=1, flags=f"--num-envs {batch * args.processes} {args.flags}")
+    """metrics.csv of a training."""
+    job = dict(script=args.script, env=args.env, seed=1, flags=f"--num-envs {batch * args.processes} " * (batch > 0))
+    job["flags"] += args.flags
     with tempfile.TemporaryDirectory() as folder:
         start(job, folder, *flags, processes=args.processes, check=True, capture_output=True)
         return pd.read_csv(next(Path(folder).glob("*/metrics.csv")))
@@ -94,8 +97,9 @@ def training_row(args: Args, batch: int) -> dict:
     later = training(args, batch, "--eval-every", "0", "--stop-after", str(iterations)).iloc[iterations // 3 :]
     speed = np.polyfit(later.wall_time_s, later.global_step, 1)[0]
     row = dict(env=args.env, batch=batch, processes=args.processes, training=round(speed), commit=commit())
-    row["flags"] = args.flags
-    row |= {name: round(1000 * later[f"{name}_s"].mean()) for name in ("simulate", "policy", "critic")}  # milliseconds
+    row |= dict(algorithm=algorithm(args.script, args.flags), flags=args.flags)
+    parts = [name for name in ("simulate", "policy", "critic") if f"{name}_s" in later]
+    row |= {name: round(1000 * later[f"{name}_s"].mean()) for name in parts}  # milliseconds
     if args.until:
         curve = training(args, batch, "--total-timesteps", "1000000", "--eval-every", "50000")
         took, evaluated = curve.wall_time_s.diff().fillna(curve.wall_time_s), curve.eval_return.notna()

@@ -2,7 +2,6 @@
 
     python benchmarks/train.py --envs ant --scripts shac rpo_diffsim --seeds 1 2 3
     python benchmarks/train.py --envs ant --scripts rpo_diffsim --tag no-kl --flags="--kl-coef 0"
-    python benchmarks/train.py --envs ant --scripts shac --results benchmarks    # into the committed CSVs
     python benchmarks/train.py --all --results benchmarks --since v1.0           # all that is older than v1.0
 
 A run <env>__<script>[-<tag>]__<seed> is a row of runs.csv and at most 200 of curves.csv.gz in the folder --results. Its
@@ -201,9 +200,13 @@ def planned(args: Args) -> list[dict]:
         if name in done and not stale:
             args.all or print(f"{name}: {args.results} has it; --again replaces it", flush=True)
             continue
-        algorithm = "SAPO" if "--learn-entropy-coef" in flags else ALGORITHMS.get(script, script)
-        jobs.append(dict(run=name, env=env, script=script, algorithm=algorithm, tag=args.tag, seed=seed, flags=flags))
+        known_as = dict(run=name, env=env, script=script, algorithm=algorithm(script, flags))
+        jobs.append(known_as | dict(tag=args.tag, seed=seed, flags=flags))
     return jobs
+
+
+def algorithm(script: str, flags: str) -> str:
+    return "SAPO" if "--learn-entropy-coef" in flags else ALGORITHMS.get(script, script)
 
 
 def duration(jobs: list[dict]) -> str:
@@ -239,8 +242,7 @@ def main(args: Args):
         put(args.results / "runs.csv", pd.DataFrame([job | numbers]), 7)
         put(args.results / "curves.csv.gz", curve.assign(run=job["run"])[["run", *CURVES]], 5)
         print(f"{job['run']}: return {numbers['eval_return']:.0f}, {numbers['minutes']:.1f} minutes", flush=True)
-    if failed:
-        sys.exit(f"train.py: {len(failed)} runs failed")
+    failed and sys.exit(f"train.py: {len(failed)} runs failed")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_curves_are_those_of_the_runs(runs):
 
 def test_every_run_is_in_a_table(runs):
     shown = {name for which, _ in tables.VARIANTS.values() for name in runs.query(which).run}
-    shown |= set(runs.run[(runs.script == "ppo_baseline") & runs.tag.isin(tables.ORDINARY)])  # beside others' returns
+    shown |= set(runs.run[(runs.script == "ppo_baseline") & runs.tag.isin(load.ORDINARY)])  # beside others' returns
     shown |= set(pd.read_csv(BENCHMARKS / "probes.csv").run)
     assert set(runs.run) == shown
 
@@ -96,7 +96,7 @@ def test_benchmarks_stay_small():
     assert len(files) <= 22
     assert max(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 250
     assert sum(path.stat().st_size for path in files) <= 3e6
-    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 1410
+    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 1440
 
 
 # --- several runs -------------------------------------------------------------------------------------------------
@@ -128,14 +128,17 @@ def test_evaluation_after_so_many_steps_or_minutes(a_curve):
 
 
 def test_rivals_after_as_many_minutes_and_the_share_of_their_steps(monkeypatch):
-    curve = pd.DataFrame(dict(steps=[5, 20, 60, 100], minutes=[1, 4, 12, 20], episodic_return=[9.0, 1, 4, 8]))
+    curve = pd.DataFrame(dict(steps=[5, 20, 60, 100], episodic_return=[9.0, 1, 4, 8]))
     curves = dict(a=curve, b=curve, good=curve.assign(episodic_return=[9.0, 2, 8, 9]), bad=curve - 1)
     runs = pd.DataFrame(dict(run=list(curves), algorithm=["SHAC", "SHAC", "RPO", "RPO"], physics="diffsim"))
-    runs = runs.assign(env="ant", mujoco=False, tag="", steps=100, minutes=8.0)
-    monkeypatch.setattr(tables, "load_runs", lambda: runs)
-    monkeypatch.setattr(tables, "load_curves", lambda: curves)
+    runs = runs.assign(env="ant", mujoco=False, tag="", steps=100)
+    monkeypatch.setattr(load, "load_runs", lambda: runs)
+    monkeypatch.setattr(load, "speed", lambda env, algorithm, mujoco: dict(RPO=2000, SHAC=1000, PPO=nan)[algorithm])
+    for module in (load, tables):
+        monkeypatch.setattr(module, "load_curves", lambda: curves)
     rpo = runs[runs.algorithm == "RPO"]
-    assert tables.COLUMNS["SHAC in these minutes"](rpo) == "2 [2, 2]"  # 2.5, half-way from 1 to 4
+    assert tables.COLUMNS["SHAC in these minutes"](rpo) == "3 [3, 3]"  # half the steps: 3.25
+    assert tables.COLUMNS["SHAC in these steps"](rpo) == "8 [8, 8]"
     assert tables.COLUMNS["share of SHAC's steps"](rpo) == "inf [0.60, inf]"  # not the 9 at the beginning
     assert tables.COLUMNS["PPO in these minutes"](rpo) == tables.share_of_steps("PPO", rpo) == ""
 
