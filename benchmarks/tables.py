@@ -49,13 +49,13 @@ def rival_after(algorithm: str, key: str, group: pd.DataFrame) -> str:
     """Its return while training in as many `steps` as a variant took, or `minutes`, by speeds measured together."""
     env, own, mujoco = group[["env", "algorithm", "mujoco"]].iloc[0]
     faster = load.speed(env, algorithm, mujoco) / load.speed(env, own, mujoco) if key == "minutes" else 1
-    at = faster * group.steps.median()
-    return spread([np.interp(at, c.steps, c.episodic_return) for c in load.rivals(group, algorithm)])
+    at, curves = faster * group.steps.median(), load.rivals(group, algorithm)
+    over = "*" * any(at > 1.02 * c.steps.iloc[-1] for c in curves)
+    return spread([np.interp(at, c.steps, c.episodic_return) for c in curves]) + over
 
 
 def share_of_steps(algorithm: str, group: pd.DataFrame) -> str:
-    """Steps until a variant's return while training, but for the first tenth in which episodes begin at random times,
-    came to the median of the algorithm's last, as a share of its steps; inf: never."""
+    """Steps until a variant's return while training came to the median of its last, as a share of its; inf: never."""
     last = [c.iloc[-1] for c in load.rivals(group, algorithm)]
     goal, steps = pd.DataFrame(last, columns=["episodic_return", "steps"]).median()
     late = (load_curves()[run].query("steps > steps.max() / 10") for run in group.run)
@@ -188,17 +188,17 @@ def scaling() -> str:
 
 def speeds() -> str:
     """Environment steps/s of training in diffsim, one process with a script's own number of environments."""
-    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str)).query("batch == 0")
-    cells = found.pivot_table("training", "env", "algorithm", "median").map("{:,.0f}".format)
-    cells = cells[[name for name in ALGORITHMS if name in cells]]
+    found = (
+        pd.read_csv(HERE / "throughput.csv").query("batch == 0").pivot_table("training", "env", "algorithm", "median")
+    )
+    cells = found[[name for name in ALGORITHMS if name in found]].map("{:,.0f}".format)
     return markdown(["task", *cells], cells.reset_index().values.tolist())
 
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
 ON_MUJOCO = "physics != 'diffsim' and tag in ['', 'mujoco', 'gymnasium'] and algorithm != 'RP-PGM'"
-AGAINST = (  # on Gymnasium's tasks: RPO, PPO on the batched twin, and SBX
-    "(script == 'opponents' or physics == 'mujoco' and gymnasium and algorithm in ['RPO', 'PPO'] and tag == '')"
-)
+# on Gymnasium's tasks: RPO, PPO on the batched twin, and SBX
+AGAINST = "(script == 'opponents' or physics == 'mujoco' and gymnasium and algorithm in ['RPO', 'PPO'] and tag == '')"
 RPO_ON_ANT = "env == 'ant' and algorithm == 'RPO' and physics == 'diffsim'"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant

@@ -132,7 +132,7 @@ class Run:
             self._say(f"{flag} is complete, {self.global_step} steps: a larger --total-timesteps lengthens it")
             raise SystemExit(0)
         if stop is not None and stop <= self.iteration:
-            fail(f"--stop-after is {stop}, {flag} has done {self.iteration} iterations of {self.total}")
+            fail(f"--stop-after {stop} counts from the beginning: {flag} has done {self.iteration} of {self.total}")
         return min(self.total, stop or self.total)
 
     def _init_from(self, checkpoint: dict):

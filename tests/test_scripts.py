@@ -663,7 +663,10 @@ def test_iterations_to_go_are_those_until_stop_after(still, capsys):
     assert "2 iterations to go, 1 more after --stop-after; " in capsys.readouterr().out
     still(5, resume=str(run.folder))
     assert "3 iterations to go; " in capsys.readouterr().out
-    for total, stop, message in ((5, 2, "--stop-after is 2, "), (1, None, "--total-timesteps comes to 1 iterations, ")):
+    for total, stop, message in (
+        (5, 2, "--stop-after 2 counts from the beginning: "),
+        (1, None, "--total-timesteps comes to 1 iterations, "),
+    ):
         with pytest.raises(SystemExit, match="2"):
             still(total, resume=str(run.folder), stop_after=stop)
         assert f"{message}--resume {run.folder} has done 2" in capsys.readouterr().err
