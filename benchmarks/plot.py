@@ -61,7 +61,7 @@ def draw(panels: Panels, path: Path, y: str = "episodic_return", axes_x=("global
 def committed(which: str, *envs: str) -> Panels:
     runs, panels = latest_ppo(load_runs().query(which)), defaultdict(dict)
     for (env, algorithm), group in runs[runs.env.isin(envs)].groupby(["env", "algorithm"], sort=False):
-        per_s = speed(env, algorithm, group.mujoco.iloc[0])  # runs shared the machine, these measurements did not
+        per_s = speed(env, algorithm, group.mujoco.iloc[0])  # side by side, as the runs were not
         curves = (load_curves()[run] for run in group.run)
         panels[env][algorithm] = [c.assign(wall_time_s=c.steps / per_s) if per_s == per_s else c for c in curves]
     return panels

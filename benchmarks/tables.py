@@ -58,7 +58,7 @@ def share_of_steps(algorithm: str, group: pd.DataFrame) -> str:
     """Steps until a variant's return while training came to the median of its last, as a share of its; inf: never."""
     last = [c.iloc[-1] for c in load.rivals(group, algorithm)]
     goal, steps = pd.DataFrame(last, columns=["episodic_return", "steps"]).median()
-    late = (load_curves()[run].query("steps > steps.max() / 10") for run in group.run)
+    late = (load_curves()[run].query("steps > steps.max() / 10") for run in group.run)  # the first mislead
     return spread([c.steps.where(c.episodic_return >= goal, np.inf).min() / steps for c in late], 2)
 
 
