@@ -27,17 +27,24 @@ def load_runs() -> pd.DataFrame:
 
 @cache
 def load_curves() -> dict[str, pd.DataFrame]:
-    """curves.csv.gz by run."""
-    curves = pd.read_csv(HERE / "curves.csv.gz").eval("steps = global_step\nminutes = wall_time_s / 60")
-    return dict(tuple(curves.groupby("run", sort=False)))
+    """curves.csv.gz by run. Where a speed was measured, time passes as it says: most runs were not side by side."""
+    curves = pd.read_csv(HERE / "curves.csv.gz").eval("steps = global_step")
+    first = curves.groupby("run")[["wall_time_s", "steps"]].transform("first")  # with the start of the process
+    per_s = curves.run.map({run.run: speed(run.env, run.algorithm, run.physics) for run in load_runs().itertuples()})
+    curves["wall_time_s"] = (first.wall_time_s + (curves.steps - first.steps) / per_s).fillna(curves.wall_time_s)
+    return dict(tuple(curves.assign(minutes=curves.wall_time_s / 60).groupby("run", sort=False)))
 
 
 @cache
-def speed(env: str, algorithm: str, mujoco: bool) -> float:
-    """Environment steps/s of training, measured beside the others'; nan where it was not."""
-    asked = "env == @env and algorithm == @algorithm and batch == 0"
-    rows = pd.read_csv(HERE / "throughput.csv").query(asked)
-    return rows[rows["flags"].fillna("").str.contains("--physics mujoco") == mujoco].training.median()
+def load_speeds() -> pd.DataFrame:
+    """Environment steps/s of training, one process with a script's own number of environments, side by side."""
+    rows = pd.read_csv(HERE / "throughput.csv").query("batch == 0")
+    return rows.assign(physics=rows["flags"].str.extract(r"--physics (\w+)", expand=False).fillna("diffsim"))
+
+
+def speed(env: str, algorithm: str, physics: str) -> float:
+    """Of those the median; nan where it was not measured."""
+    return load_speeds().query("env == @env and algorithm == @algorithm and physics == @physics").training.median()
 
 
 def rivals(group: pd.DataFrame, algorithm: str) -> list[pd.DataFrame]:

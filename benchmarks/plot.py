@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from load import ALGORITHMS, ESTIMATORS, HERE, latest_ppo, load_curves, load_probes, load_runs, speed
+from load import ALGORITHMS, ESTIMATORS, HERE, latest_ppo, load_curves, load_probes, load_runs
 from tables import AGAINST, IN_DIFFSIM, ON_MUJOCO
 
 plt.switch_backend("Agg")
@@ -56,14 +56,13 @@ def draw(panels: Panels, path: Path, y: str = "episodic_return", axes_x=("global
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as e:  # ValueError: a suffix that is no format
         sys.exit(f"plot.py: cannot write {path}: {getattr(e, 'strerror', None) or e}")
+    print(f"wrote {path}")
 
 
 def committed(which: str, *envs: str) -> Panels:
     runs, panels = latest_ppo(load_runs().query(which)), defaultdict(dict)
     for (env, algorithm), group in runs[runs.env.isin(envs)].groupby(["env", "algorithm"], sort=False):
-        per_s = speed(env, algorithm, group.mujoco.iloc[0])  # side by side, as the runs were not
-        curves = (load_curves()[run] for run in group.run)
-        panels[env][algorithm] = [c.assign(wall_time_s=c.steps / per_s) if per_s == per_s else c for c in curves]
+        panels[env][algorithm] = [load_curves()[run] for run in group.run]
     return panels
 
 

@@ -1,7 +1,6 @@
 """Write the tables of both READMEs from the CSVs beside this file: python benchmarks/tables.py [--check]
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`. With --check nothing is written: the exit status is 1,
-with one line, if a table is not what the CSVs say.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. --check writes nothing, and fails if one is stale.
 """
 
 import re
@@ -47,8 +46,8 @@ def setting(group: pd.DataFrame) -> str:
 
 def rival_after(algorithm: str, key: str, group: pd.DataFrame) -> str:
     """Its return while training in as many `steps` as a variant took, or `minutes`, by speeds measured together."""
-    env, own, mujoco = group[["env", "algorithm", "mujoco"]].iloc[0]
-    faster = load.speed(env, algorithm, mujoco) / load.speed(env, own, mujoco) if key == "minutes" else 1
+    env, own, physics = group[["env", "algorithm", "physics"]].iloc[0]
+    faster = load.speed(env, algorithm, physics) / load.speed(env, own, physics) if key == "minutes" else 1
     at, curves = faster * group.steps.median(), load.rivals(group, algorithm)
     over = "*" * any(at > 1.02 * c.steps.iloc[-1] for c in curves)
     return spread([np.interp(at, c.steps, c.episodic_return) for c in curves]) + over
@@ -88,9 +87,10 @@ COLUMNS = {
     "std of its noise": lambda g: spread(g["std"], 2),
     "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
     "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
-    "at RPO's minutes": lambda g: after(g, "minutes", np.median([c.minutes.iloc[-1] for c in load.rivals(g, "RPO")])),
+    "minutes together": lambda g: f"{np.median([load_curves()[run].minutes.iloc[-1] for run in g.run]):.1f}",
+    "after 10 minutes": lambda g: after(g, "minutes", 10),
     "at 1M steps": lambda g: after(g, "steps", 1e6),
-    "lowest after 1M / median": lambda g: spread(map(lowest, g.run), 2),
+    "lowest / median": lambda g: spread(map(lowest, g.run), 2),
     "share of SHAC's steps": partial(share_of_steps, "SHAC"),
 }
 for key in ("steps", "minutes"):
@@ -133,8 +133,8 @@ def bias() -> str:
     """Against the true gradient of the same objective, where diffsim gives it."""
     known, rows = load_probes().query("env == 'hopper'"), []
     for name, group in known.groupby("estimator", observed=True, sort=False):
-        biases = ["-" if name == "true" else f"{b:.2f}" for b in group.bias]
-        cells = [f"{b} / {d:.2f}" if d == d else "" for b, d in zip(biases, group.deviation)]
+        pairs = zip(group.bias, group.deviation)
+        cells = [f"{'-' if name == 'true' else f'{b:.2f}'} / {d:.2f}" if d == d else "" for b, d in pairs]
         rows.append([ESTIMATORS[name], *cells])
     return markdown(["bias / deviation", *(f"h = {h}" for h in sorted(known.h.unique()))], rows)
 
@@ -182,22 +182,20 @@ def scaling() -> str:
          whole(g.seconds), g.times, g.commit]
         for g in found.itertuples()
     ]  # fmt: skip
-    names = ["env", "setting", "environments a process", "processes", "steps/s", "simulate (ms)", "policy (ms)"]
-    return markdown([*names, "critic (ms)", "times one process of as many", "seconds", "measured", "commit"], rows)
+    names = "env, setting, environments a process, processes, steps/s, simulate (ms), policy (ms), critic (ms)"
+    return markdown([*names.split(", "), "times one process of as many", "seconds", "measured", "commit"], rows)
 
 
 def speeds() -> str:
-    """Environment steps/s of training in diffsim, one process with a script's own number of environments."""
-    found = (
-        pd.read_csv(HERE / "throughput.csv").query("batch == 0").pivot_table("training", "env", "algorithm", "median")
-    )
-    cells = found[[name for name in ALGORITHMS if name in found]].map("{:,.0f}".format)
-    return markdown(["task", *cells], cells.reset_index().values.tolist())
+    """Environment steps/s of training."""
+    found = load.load_speeds().pivot_table("training", ["physics", "env"], "algorithm", "median").reset_index()
+    found = found.map(lambda x: x if isinstance(x, str) else f"{x:,.0f}" if x == x else "")
+    names = ["physics", *(name for name in ALGORITHMS if name in found)]
+    return markdown(["task", "engine", *names[1:]], found[["env", *names]].values.tolist())
 
 
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
 ON_MUJOCO = "physics != 'diffsim' and tag in ['', 'mujoco', 'gymnasium'] and algorithm != 'RP-PGM'"
-# on Gymnasium's tasks: RPO, PPO on the batched twin, and SBX
 AGAINST = "(script == 'opponents' or physics == 'mujoco' and gymnasium and algorithm in ['RPO', 'PPO'] and tag == '')"
 RPO_ON_ANT = "env == 'ant' and algorithm == 'RPO' and physics == 'diffsim'"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
@@ -206,7 +204,7 @@ VARIANTS = {  # tables of by_variant
     "learning": (f"{IN_DIFFSIM} and env != 'hand'", f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
     "opponents": (
         AGAINST,
-        "task, algorithm, setting, seeds, steps, minutes, at RPO's minutes, at 1M steps, lowest after 1M / median",
+        "task, algorithm, setting, seeds, steps, minutes together, after 10 minutes, at 1M steps, lowest / median",
     ),
     "mujoco": (ON_MUJOCO, f"{BASIC}, engine, 10 more episodes, falls in 64, return of 64"),
     "hand": (
