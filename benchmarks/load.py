@@ -30,9 +30,10 @@ def load_curves() -> dict[str, pd.DataFrame]:
     """curves.csv.gz by run. Where a speed was measured, time passes as it says: most runs were not side by side."""
     curves = pd.read_csv(HERE / "curves.csv.gz").eval("steps = global_step")
     first = curves.groupby("run")[["wall_time_s", "steps"]].transform("first")  # with the start of the process
-    per_s = curves.run.map({run.run: speed(run.env, run.algorithm, run.physics) for run in load_runs().itertuples()})
-    curves["wall_time_s"] = (first.wall_time_s + (curves.steps - first.steps) / per_s).fillna(curves.wall_time_s)
-    return dict(tuple(curves.assign(minutes=curves.wall_time_s / 60).groupby("run", sort=False)))
+    per_s = {r.run: speed(r.env, r.algorithm, r.physics) for r in load_runs().itertuples() if r.tag in ORDINARY}
+    paced = first.wall_time_s + (curves.steps - first.steps) / curves.run.map(per_s)
+    curves = curves.assign(wall_time_s=paced.fillna(curves.wall_time_s)).eval("minutes = wall_time_s / 60")
+    return dict(tuple(curves.groupby("run", sort=False)))
 
 
 @cache
@@ -57,7 +58,6 @@ def rivals(group: pd.DataFrame, algorithm: str) -> list[pd.DataFrame]:
 def load_probes() -> pd.DataFrame:
     """By env, spectral normalisation, estimator and h: geometric mean of the variance over the probes; medians of bias
     and of one draw's standard deviation, in units of the true gradient's norm.
-
     The norm of a mean of DRAWS draws contains their noise. It is taken off; where nothing is left, these are nan.
     """
     probes = pd.read_csv(HERE / "probes.csv").merge(load_runs()[["run", "env", "flags"]], on="run")
@@ -100,7 +100,6 @@ def lowest_after_1m(run: str) -> float:
 
 def iqm(*tasks, draws: int = 2000) -> tuple[float, float, float]:
     """Interquartile mean of the runs of all tasks, and its 95 % interval (Agarwal et al. 2021, arXiv 2108.13264).
-
     The bootstrap is stratified: it draws the runs of each task anew, each time with the same random numbers.
     """
     generator = np.random.default_rng(0)

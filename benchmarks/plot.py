@@ -128,7 +128,8 @@ def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), out: P
     if folders:
         return draw(of_user(folders), out)
     draw(committed(IN_DIFFSIM, "ant", "anymal", "humanoid", "hand"), HERE / "results.png")
-    draw(committed(ON_MUJOCO, "ant", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), HERE / "mujoco.png")
+    on_mujoco = committed(ON_MUJOCO, "ant", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+    draw(on_mujoco, HERE / "mujoco.png", axes_x=("global_step",))  # minutes of few were measured side by side
     against = committed(f"{AGAINST} and tag in ['', 'sac', 'crossq']", *load_runs().query(AGAINST).env.unique())
     draw(against, HERE / "opponents.png", "eval_return", ("wall_time_s",))
     draw_gradients(HERE / "gradients.png")

@@ -111,7 +111,7 @@ def by_algorithm(which: str) -> str:
     for env, task in runs.groupby("env", sort=False):
         parts = [task[task.algorithm == name] for name in names]
         returns = [f"{spread(g.eval_return)} ({len(g)})" if len(g) else "" for g in parts]
-        spent = [COLUMNS[name](parts[0]) if len(parts[0]) else "" for name in ("steps", "minutes")]
+        spent = [COLUMNS[name](parts[0]) if len(parts[0]) else "" for name in ("steps", "minutes together")]
         rows.append([env, *returns, *spent])
     return markdown(["task", *names, "steps", "minutes"], rows)
 
@@ -200,7 +200,7 @@ AGAINST = "(script == 'opponents' or physics == 'mujoco' and gymnasium and algor
 RPO_ON_ANT = "env == 'ant' and algorithm == 'RPO' and physics == 'diffsim'"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant
-    "paper": (f"{RPO_ON_ANT} and tag in ['', 'paper']", "setting, steps, seeds, return, minutes, std of its noise"),
+    "paper": (f"{RPO_ON_ANT} and tag in ['', 'paper']", "setting, steps, seeds, return, std of its noise"),
     "learning": (f"{IN_DIFFSIM} and env != 'hand'", f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
     "opponents": (
         AGAINST,

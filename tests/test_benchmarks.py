@@ -74,6 +74,7 @@ def test_a_run_is_named_by_what_it_is(runs):
 
 def test_curves_are_those_of_the_runs(runs):
     curves = tables.load_curves()
+    recorded = pd.read_csv(BENCHMARKS / "curves.csv.gz").groupby("run").wall_time_s.last() / 60
     assert set(curves) == set(runs.index)
     for name, curve in curves.items():
         assert len(curve) <= train.POINTS and curve.global_step.is_monotonic_increasing
@@ -81,7 +82,17 @@ def test_curves_are_those_of_the_runs(runs):
         stopped = runs.seed[name] > 100  # a trial may have been, between two evaluations
         evaluations = curve.eval_return.dropna() if stopped else curve.eval_return
         assert evaluations.iloc[-1] == pytest.approx(runs.eval_return[name], rel=1e-4)
-        assert curve.wall_time_s.iloc[-1] / 60 == pytest.approx(runs.minutes[name], rel=1e-3)
+        assert recorded[name] == pytest.approx(runs.minutes[name], rel=1e-3)
+
+
+def test_time_passes_by_a_measured_speed():
+    curves, per_s = tables.load_curves(), load.speed("ant", "RPO", "diffsim")
+    paced, other = curves["ant__rpo_diffsim__1"], curves["ant__rpo_diffsim-paper__1"]
+    first, last = paced.iloc[0], paced.iloc[-1]
+    assert per_s > 0 and not load.speed("ant", "RPO", "gymnasium") > 0
+    assert last.wall_time_s - first.wall_time_s == pytest.approx((last.steps - first.steps) / per_s)
+    recorded = load.load_runs().set_index("run").minutes["ant__rpo_diffsim-paper__1"]  # another setting keeps its own
+    assert other.minutes.iloc[-1] == pytest.approx(recorded, rel=1e-3)
 
 
 def test_every_run_is_in_a_table(runs):
