@@ -16,7 +16,7 @@ from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
 from diffsim.mjcf import UnsupportedError
 from diffsim.model import Model, Softness
 from diffsim.numpy_env import NumpyEnv
-from diffsim.tasks import TASKS, Task, default_physics, find_task, settings_of
+from diffsim.tasks import TASKS, Task, default_physics, find_task, nearest, settings_of
 from diffsim.tasks.check import instance
 
 __version__ = "0.3.0"
@@ -83,7 +83,9 @@ def make(
         if kind != "cpu":
             raise ValueError(f"Gymnasium's environments run on the cpu, not on {device}")
         twin = TASKS.get(task)
-        return GymnasiumEnv(task, num_envs, seed, twin is not None, **(twin.gymnasium_kwargs if twin else {}))
+        env = GymnasiumEnv(task, num_envs, seed, twin is not None, **(twin.gymnasium_kwargs if twin else {}))
+        env.with_gradient = "mujoco" if twin else nearest(task)
+        return env
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"unknown device '{device}'; use cpu or cuda")
     if isinstance(task, str):

@@ -31,8 +31,11 @@ class GymnasiumEnv:
     """`num_envs` copies of `gymnasium.make(name, **kwargs)` with Box spaces, reset in the step that ends an episode.
 
     Actions are clipped to the action space, which `unit_actions` makes [-1, 1], as a twin's is. `info` is that of
-    `DiffEnv.step`. Raises ValueError, one line, for an environment that cannot be made or has other spaces.
+    `DiffEnv.step`. `with_gradient` names what an error tells those to use who need a gradient. Raises ValueError, one
+    line, for an environment that cannot be made or has other spaces.
     """
+
+    with_gradient: str | None = None
 
     def __init__(self, name: str, num_envs: int = 1, seed: int = 0, unit_actions: bool = False, **kwargs):
         memory.check(num_envs, 100_000)
@@ -87,7 +90,8 @@ class GymnasiumEnv:
         self.reset()
 
     def check_gradient(self, steps: int):
-        raise ValueError("--physics gymnasium has no gradient: use mujoco, or ppo_baseline.py or rp_pgm_mb.py")
+        instead = f"{self.with_gradient}, " if self.with_gradient else ""
+        raise ValueError(f"--physics gymnasium has no gradient: use {instead}ppo_baseline.py or rp_pgm_mb.py")
 
     def close(self):
         self.envs.close()

@@ -93,8 +93,11 @@ shac.py --derivative mujoco | derivative mujoco is of MuJoCo's step: use physics
 shac.py --derivative newton | newton.*--derivative
 shac.py --physics gymnasium | ant is no Gymnasium environment|has no gradient
 shac.py --physics | --physics
-shac.py --env Hopper-v5 --physics gymnasium | has no gradient
-shac.py --env Pendulum-v1 | has no gradient
+shac.py --env Hopper-v5 --physics gymnasium | has no gradient: use mujoco, ppo_baseline
+shac.py --env Pendulum-v1 | has no gradient: use ppo_baseline
+shac.py --env Ant-v4 | has no gradient: use Ant-v5, ppo_baseline
+shac.py --env Ant-v4 --physics mujoco | Ant-v4 is Gymnasium's alone.*or Ant-v5
+shac.py --env ant-v5 | unknown env 'ant-v5'; did you mean Ant-v5
 shac.py --env Pendulum-v1 --physics diffsim | Pendulum-v1 is Gymnasium's alone
 shac.py --device tpu | unknown device 'tpu'
 shac.py --device cuda | finds no CUDA
@@ -104,7 +107,7 @@ shac.py --num-env 3 | --num-env
 shac.py stray | stray
 shac.py --clip-coef 0.2 | --clip-coef
 shac.py --env | --env
-shac.py --env antt | unknown env 'antt'; there is cartpole
+shac.py --env antt | unknown env 'antt'; did you mean ant. There is cartpole
 shac.py --env "" | unknown env ''
 shac.py --env ANT | unknown env 'ANT'
 shac.py --env nowhere.py:Task | no file nowhere.py

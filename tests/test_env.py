@@ -216,7 +216,7 @@ def test_gymnasium_make_vec():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(task="anT"), "unknown env 'anT'; there is cartpole"),
+        (dict(task="anT"), "unknown env 'anT'; did you mean ant. There is cartpole"),
         (dict(task="ant", num_envs=0), "num_envs is 0"),
         (dict(task="ant", physics="bullet"), "unknown physics 'bullet'; there is diffsim, mujoco, gymnasium"),
         (dict(task="ant", physics="gymnasium"), "ant is no Gymnasium environment"),

@@ -255,7 +255,7 @@ def test_settings_of_a_task_and_an_engine_are_put_together(monkeypatch):
 # --- one line for bad input ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "script, args, message",
-    [(s, ["--env", "antt"], "unknown env 'antt'; there is cartpole") for s in SCRIPTS]
+    [(s, ["--env", "antt"], "unknown env 'antt'; did you mean ant? There is cartpole") for s in SCRIPTS]
     + [(s, ["--env", "CartPole-v1"], "Discrete(2)") for s in SCRIPTS[2:]]
     + [(s, ["--env", "Pendulum-v1", "--physics", "mujoco"], "Pendulum-v1 is Gymnasium's alone") for s in SCRIPTS]
     + [(s, ["--env", "Pendulum-v1", "--capture-video"], "Pendulum-v1 does not run on MuJoCo") for s in SCRIPTS[2:]]

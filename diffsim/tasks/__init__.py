@@ -1,5 +1,6 @@
 """One file a task. A task says where an episode starts, what is observed, what is rewarded and when it ends."""
 
+import difflib
 import importlib.util
 import os
 import sys
@@ -31,6 +32,12 @@ def is_file(name: str) -> bool:
     return ":" in name
 
 
+def nearest(name: str) -> str | None:
+    """The task whose name is most like `name`, whatever its case and version: Ant-v5 for "ant-v4"; None if none is."""
+    names = {task.lower(): task for task in reversed(TASKS)}
+    return next((names[match] for match in difflib.get_close_matches(name.lower(), names, 1, 0.75)), None)
+
+
 def find_task(name: str) -> Task:
     """The task of that name, or the class in a file: "path/to/my_task.py:MyTask". Its xml and what the file
     imports may be beside it.
@@ -40,11 +47,12 @@ def find_task(name: str) -> Task:
     file, _, cls = name.rpartition(":")
     if not file:
         if name not in TASKS:
+            like = nearest(name)
             if is_gymnasium_id(name):
-                raise ValueError(f"{name} is Gymnasium's alone: use physics gymnasium, which has no gradient")
-            raise ValueError(
-                f"unknown env '{name}'; there is {', '.join(TASKS)}, path/to/my_task.py:MyTask, or a Gymnasium id"
-            )
+                instead = f", or {like}" if like else ""
+                raise ValueError(f"{name} is Gymnasium's alone: use physics gymnasium, which has no gradient{instead}")
+            known = f"{', '.join(TASKS)}, path/to/my_task.py:MyTask, or a Gymnasium id"
+            raise ValueError(f"unknown env '{name}'; {f'did you mean {like}? There' if like else 'there'} is {known}")
         return TASKS[name]()
     if not os.path.isfile(file):
         raise ValueError(f"env '{name}': no file {file}")
