@@ -115,7 +115,6 @@ ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient i
 # keeps actions from where tanh is flat. benchmarks/README.md has the trials.
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
 LIVELY = dict(entropy_coef=0.02, policy_average=0.98)
-HOPPER = ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0)
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
@@ -126,11 +125,12 @@ DEFAULTS = {
         total_timesteps=3_000_000, num_envs=512, horizon=8, critic_epochs=8, critic_minibatches=8, gamma=0.995,
     ),
     "cheetah on mujoco": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=8),
-    "hopper on mujoco": ON_MUJOCO | LEGGED | HOPPER, "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
+    "hopper on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR | dict(action_gradient_lambda=0.7, kl_coef=1.0),
+    "walker on mujoco": ON_MUJOCO | LEGGED | ESTIMATOR,
     "walker": dict(actor_learning_rate=1e-3), "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=4),
-    "Hopper-v5": ON_MUJOCO | HOPPER | dict(num_envs=512, horizon=8, gamma=0.995),
+    "Hopper-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5),
     "Walker2d-v5": ON_MUJOCO | LEGGED | ESTIMATOR | LIVELY | dict(kl_coef=0.5),
     "Humanoid-v5": ON_MUJOCO | BIG_CRITIC | ESTIMATOR | LIVELY | dict(horizon=8),
 }  # fmt: skip
