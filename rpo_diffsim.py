@@ -130,7 +130,7 @@ DEFAULTS = {
     "walker": dict(actor_learning_rate=1e-3), "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=4),
-    "Hopper-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5),
+    "Hopper-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5, score_share=1.0),
     "Walker2d-v5": ON_MUJOCO | LEGGED | ESTIMATOR | LIVELY | dict(kl_coef=0.5),
     "Humanoid-v5": ON_MUJOCO | BIG_CRITIC | ESTIMATOR | LIVELY | dict(horizon=8),
 }  # fmt: skip
