@@ -89,7 +89,7 @@ def test_on_a_gymnasium_environment(tmp_path):
 
 
 def test_settings_on_gymnasium_are_cleanrls_and_on_mujoco_its_own():
-    wanted = dict(gymnasium=(1, 1_000_000, 0.0, 10), mujoco=(64, 8_000_000, -1.0, 64))
+    wanted = dict(gymnasium=(1, 1_000_000, 0.0, 10), mujoco=(64, 3_000_000, -1.0, 64))
     for physics, expected in wanted.items():
         with command_line("ppo_baseline.py", "--env", "Hopper-v5", "--physics", physics):
             args = parse(ppo.Args, ppo.DEFAULTS)
