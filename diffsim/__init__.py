@@ -84,7 +84,7 @@ def make(
             raise ValueError(f"Gymnasium's environments run on the cpu, not on {device}")
         twin = TASKS.get(task)
         env = GymnasiumEnv(task, num_envs, seed, twin is not None, **(twin.gymnasium_kwargs if twin else {}))
-        env.with_gradient = "mujoco" if twin else nearest(task)
+        env.with_gradient = "physics mujoco" if twin else nearest(task)
         return env
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"unknown device '{device}'; use cpu or cuda")

@@ -90,8 +90,8 @@ class GymnasiumEnv:
         self.reset()
 
     def check_gradient(self, steps: int):
-        instead = f"{self.with_gradient}, " if self.with_gradient else ""
-        raise ValueError(f"--physics gymnasium has no gradient: use {instead}ppo_baseline.py or rp_pgm_mb.py")
+        instead = f"{self.with_gradient}, " * bool(self.with_gradient) + "ppo_baseline.py or rp_pgm_mb.py"
+        raise ValueError(f"{self.name} on physics gymnasium has no gradient: use {instead}")
 
     def close(self):
         self.envs.close()

@@ -93,9 +93,9 @@ shac.py --derivative mujoco | derivative mujoco is of MuJoCo's step: use physics
 shac.py --derivative newton | newton.*--derivative
 shac.py --physics gymnasium | ant is no Gymnasium environment|has no gradient
 shac.py --physics | --physics
-shac.py --env Hopper-v5 --physics gymnasium | has no gradient: use mujoco, ppo_baseline
+shac.py --env Hopper-v5 --physics gymnasium | on physics gymnasium has no gradient: use physics mujoco
 shac.py --env Pendulum-v1 | has no gradient: use ppo_baseline
-shac.py --env Ant-v4 | has no gradient: use Ant-v5, ppo_baseline
+shac.py --env Ant-v4 | Ant-v4 on physics gymnasium has no gradient: use Ant-v5, ppo_baseline
 shac.py --env Ant-v4 --physics mujoco | Ant-v4 is Gymnasium's alone.*or Ant-v5
 shac.py --env ant-v5 | unknown env 'ant-v5'; did you mean Ant-v5
 shac.py --env Pendulum-v1 --physics diffsim | Pendulum-v1 is Gymnasium's alone

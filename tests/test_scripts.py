@@ -260,7 +260,7 @@ def test_settings_of_a_task_and_an_engine_are_put_together(monkeypatch):
     + [(s, ["--env", "Pendulum-v1", "--physics", "mujoco"], "Pendulum-v1 is Gymnasium's alone") for s in SCRIPTS]
     + [(s, ["--env", "Pendulum-v1", "--capture-video"], "Pendulum-v1 does not run on MuJoCo") for s in SCRIPTS[2:]]
     + [(s, ["--env", "cartpole", "--physics", "gymnasium"], "cartpole is no Gymnasium env") for s in SCRIPTS[2:]]
-    + [(s, ["--env", "Pendulum-v1"], "--physics gymnasium has no gradient") for s in WINDOWS]
+    + [(s, ["--env", "Pendulum-v1"], "Pendulum-v1 on physics gymnasium has no gradient") for s in WINDOWS]
     + [(s, ["--env", "Hopper-v5", "--physics", "gymnasium"], "has no gradient") for s in WINDOWS]
     + [(s, ["--critic-minibatches", 10**6], "--critic-minibatches") for s in WINDOWS]
     + [("ppo_baseline.py", ["--num-minibatches", 10**6], "--num-minibatches")]
