@@ -10,7 +10,7 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
 and replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 leaves them.
-Not the paper's: --expand-critic, --imagined-steps, with which the critics keep up, and what benchmarks/README.md lists.
+Not the paper's: --expand-critic, --imagined-steps, with which critics keep up; more in benchmarks/learned_model.md.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4

@@ -112,7 +112,7 @@ class Args(PhysicsArgs):
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient is noisier: smaller steps
 # Beyond the paper: dR/du that varies less; PPO's gradient, whose variance stiff contacts do not raise; and a bonus that
-# keeps actions from where tanh is flat. benchmarks/README.md has the trials.
+# keeps actions from where tanh is flat. benchmarks/trials.md has the trials.
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
 LIVELY = dict(entropy_coef=0.02, policy_average=0.98)
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness

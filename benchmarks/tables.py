@@ -1,4 +1,4 @@
-"""Write the tables of both READMEs from the CSVs beside this file: python benchmarks/tables.py [--check]
+"""Write the tables of the READMEs and pages from the CSVs beside this file: python benchmarks/tables.py [--check]
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. --check writes nothing, and fails if one is stale.
 """
@@ -16,7 +16,7 @@ import pandas as pd
 from load import ALGORITHMS, ESTIMATORS, HERE, evaluation_at, iqm, latest_ppo, load_curves, load_probes, load_runs
 
 lowest, markdown, spread = load.lowest_after_1m, load.markdown, load.spread
-READMES = [HERE.parent / "README.md", HERE / "README.md"]
+READMES = [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
 VARIANT = ["env", "physics", "algorithm", "flags", "trial"]  # runs that differ in nothing but their seed
 
 

@@ -50,6 +50,17 @@ def test_readmes_have_no_returns_in_tables_of_their_own():
         assert not [line for line in by_hand.splitlines() if line.startswith("|") and re.search(r"\d,\d{3}", line)]
 
 
+def test_links_lead_somewhere():
+    def anchors(page):
+        headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+        return {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in headings}
+
+    for page in [*tables.READMES, BENCHMARKS.parent / "diffsim" / "README.md"]:
+        for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / file if file else page
+            assert target.exists() and (not anchor or anchor in anchors(target)), f"{page}: {file}#{anchor}"
+
+
 @pytest.mark.parametrize(
     "change, complaint", [(("12,", "13,"), "not from the CSVs"), (("learning", "lerning"), "asks")]
 )
