@@ -200,7 +200,6 @@ AGAINST = "(script == 'opponents' or physics == 'mujoco' and gymnasium and algor
 RPO_ON_ANT = "env == 'ant' and algorithm == 'RPO' and physics == 'diffsim'"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant
-    "paper": (f"{RPO_ON_ANT} and tag in ['', 'paper']", "setting, steps, seeds, return, std of its noise"),
     "learning": (f"{IN_DIFFSIM} and env != 'hand'", f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
     "opponents": (
         AGAINST,
@@ -219,7 +218,7 @@ VARIANTS = {  # tables of by_variant
     ),
     "ablation": (
         f"{RPO_ON_ANT} and (tag.str.startswith('1M') or tag in ['', 'paper'])",
-        "setting, steps, seeds, return, KL, inside the clip range",
+        "setting, steps, seeds, return, KL, inside the clip range, std of its noise",
     ),
     "trials": ("seed > 100", "task, algorithm, trial, setting, seed, steps, evaluations, minutes"),
     "model": (
