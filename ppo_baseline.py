@@ -53,7 +53,7 @@ class Args(RunArgs):
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0 (without desired_kl)"""
     desired_kl: Rate | None = None
-    """adapt the learning rate so that an epoch's KL stays near this"""
+    """adapt the learning rate, between 1e-5 and 1e-2, so that an epoch's KL stays near this"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
@@ -77,7 +77,7 @@ class Args(RunArgs):
     target_kl: Rate | None = None
     """stop a batch's epochs once the KL exceeds this"""
     norm_obs: bool = True
-    """normalise observations by their running mean and variance"""
+    """normalise observations by their running mean and variance, and clip them to 10 deviations"""
     norm_reward: bool = True
     """divide rewards by the running standard deviation of the discounted return"""
     actor_hidden: Layers = (128, 64, 32)
@@ -129,7 +129,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         self.mean = mlp([obs_dim, *args.actor_hidden, act_dim], args.activation, 0.01)
-        self.log_std = nn.Parameter(torch.full((act_dim,), args.log_std_init))
+        self.log_std = nn.Parameter(torch.full((act_dim,), float(args.log_std_init)))
         self.critic = mlp([obs_dim, *args.critic_hidden, 1], args.activation, 1.0)
 
     def forward(self, obs) -> Normal:
@@ -240,7 +240,7 @@ if __name__ == "__main__":
 
     agent = Agent(obs_dim, act_dim, args).to(env.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-    normalizer = Normalizer(obs_dim).to(env.device)
+    normalizer = Normalizer(obs_dim).to(env.device) if args.norm_obs else nn.Identity()
     return_scale = ReturnScale(env.num_envs, args.gamma).to(env.device)
     policy = DeterministicPolicy(normalizer, agent, env.single_action_space).to(env.device)
     run.restore(policy, env, agent=agent, optimizer=optimizer, normalizer=normalizer, return_scale=return_scale)
@@ -279,7 +279,7 @@ if __name__ == "__main__":
         epochs = 0
         for _ in range(args.update_epochs):
             kls = []
-            for index in torch.randperm(len(targets), device=env.device).chunk(args.num_minibatches):
+            for index in torch.randperm(len(targets), device=env.device).tensor_split(args.num_minibatches):
                 new = agent(inputs[index])
                 log_ratio = new.log_prob(action[index]).sum(-1) - old_log_prob[index]
                 advantage = advantages[index]

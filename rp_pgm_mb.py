@@ -36,7 +36,7 @@ from diffsim.replay import ReplayBuffer, Rollouts
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Count, Few, Fraction, Layers, Natural, Norm, Number, Rate, Ratio, Seed  # bounds
+from diffsim.flags import Count, Decay, Few, Fraction, Layers, Natural, Norm, Number, Rate, Ratio, Seed  # bounds
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Args(RunArgs):
     imagined_steps: Natural = 20
     """steps of the policy's roll-outs in the model, which add as many samples again (MBPO, 1906.08253); 0: none"""
     spectral_norm: bool = True
-    """spectral normalisation of all layers of the model but the last, and of the policy's hidden-to-hidden layers"""
+    """spectral normalisation of all layers of the dynamics but the last, and of the policy's hidden-to-hidden layers"""
     power_iterations: Few = 5
     """power iterations of the spectral normalisation in an update"""
     learning_starts: Count = 1_000
@@ -92,8 +92,8 @@ class Args(RunArgs):
     """discount factor"""
     tau: Fraction = 0.02
     """step of the target critics towards the critics at each update (the paper: 0.005)"""
-    policy_average: Fraction = 0.001
-    """step towards the policy of the average that is evaluated and saved, at first a plain mean; 1: the policy"""
+    policy_average: Decay = 0.999
+    """share of the averaged policy, the one evaluated and saved, that is kept; at first a plain mean; 0: the last"""
     entropy_coef: Rate = 0.1
     """initial temperature: weight of the policy's entropy in every reward"""
     learn_entropy_coef: bool = True
@@ -394,7 +394,7 @@ if __name__ == "__main__":
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,
         rollouts=rollouts, temperature_optimizer=temperature_optimizer, actor_optimizer=actor_optimizer,
         critic_optimizer=critic_optimizer, model_optimizer=model_optimizer)  # fmt: skip
-    if args.resume and args.physics == "gymnasium":
+    if args.resume and buffer.count and args.physics == "gymnasium":
         buffer.data["truncated"][(buffer.count - 1) % buffer.capacity] = True  # its episodes start anew
 
     # --- what is computed in a step: each function is one graph, where it is compiled ------------------------------
@@ -483,7 +483,7 @@ if __name__ == "__main__":
             if grad_norm.isfinite():
                 actor_optimizer.step()
                 update_spectral_norm(actor.net)
-                move_average(average, actor, max(args.policy_average, args.policy_frequency / (update + 1)))
+                move_average(average, actor, max(1 - args.policy_average, args.policy_frequency / (update + 1)))
                 temperature[0].grad = alpha * (entropy - target_entropy)
                 temperature_optimizer.step()
             run.lap("actor")

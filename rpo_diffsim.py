@@ -53,7 +53,7 @@ class Args(PhysicsArgs):
     update_epochs: Few = 5
     """M, policy updates on a window's action-gradients; 1 makes it SHAC"""
     clip_coef: tuple[Clip] | tuple[Clip, Clip] = (0.8, 1.0)
-    """a sample whose importance ratio leaves [1 - the first, 1 + the last] gives no policy gradient (inf: all do)"""
+    """a sample whose importance ratio leaves [1 - the first, 1 + the last] leaves its dR/du out (inf: none does)"""
     kl_coef: Weight = 0.25
     """weight of KL(old || new)"""
     entropy_coef: Weight = 0.0
@@ -81,13 +81,13 @@ class Args(PhysicsArgs):
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     policy_average: Decay = 0.0
-    """share of the averaged policy, the one evaluated and exported, that is kept at each update; 0: the last policy"""
+    """share of the averaged policy, the one evaluated and exported, that is kept at each window; 0: the last policy"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
-    """share of the target critics that is kept at each update"""
+    """share of the target critics that is kept at each window"""
     normalize_returns: bool = False
     """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Few = 2
@@ -115,7 +115,7 @@ ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient i
 # keeps actions from where tanh is flat. benchmarks/trials.md has the trials.
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
 LIVELY = dict(entropy_coef=0.02, policy_average=0.98)
-LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, stiffer contacts
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000), "anymal": dict(total_timesteps=3_000_000),
@@ -156,7 +156,7 @@ class Actor(nn.Module):
         super().__init__()
         sizes = [obs_dim, *args.actor_hidden, act_dim]
         self.mean = mlp(sizes, args.activation)
-        self.log_std = nn.Parameter(torch.full((act_dim,), args.log_std_init))
+        self.log_std = nn.Parameter(torch.full((act_dim,), float(args.log_std_init)))
         self.log_std_net = mlp(sizes, args.activation) if args.state_dependent_std else None
 
     def forward(self, obs) -> Normal:
@@ -307,7 +307,7 @@ if __name__ == "__main__":
     for iteration in run:
         left, low, linear = 1 - iteration / num_iterations, args.min_learning_rate, args.learning_rate_decay == "linear"
         for adam, rate in ((actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)):
-            adam.param_groups[0]["lr"] = low + left * (rate - low) if linear else low * (rate / low) ** left
+            adam.param_groups[0]["lr"] = min(rate, low + left * (rate - low) if linear else low * (rate / low) ** left)
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
         obs, window = env.detach(), defaultdict(list)
@@ -327,7 +327,7 @@ if __name__ == "__main__":
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
         returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam)
         g = action_gradients(returns, us, *ends, lam)
-        nonfinite = (~torch.isfinite(g)).any(-1, keepdim=True)
+        nonfinite = ~(g.square().sum(-1, keepdim=True) < 1e30)  # nan, infinite or nearly so
         g = torch.where(nonfinite, 0.0, g).flatten(0, 1)  # (H N, act_dim)
         g_norm = g.norm(dim=-1).mean()
         if args.normalize_action_gradients:

@@ -68,13 +68,13 @@ class Args(PhysicsArgs):
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     policy_average: Decay = 0.0
-    """share of the averaged policy, the one evaluated and exported, that is kept at each update; 0: the last policy"""
+    """share of the averaged policy, the one evaluated and exported, that is kept at each window; 0: the last policy"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
-    """share of the target critics that is kept at each update"""
+    """share of the target critics that is kept at each window"""
     normalize_returns: bool = False
     """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Few = 2
@@ -106,7 +106,7 @@ class Args(PhysicsArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient is noisier: smaller steps
-LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, diffsim's softness
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, stiffer contacts
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000), "anymal": dict(total_timesteps=3_000_000),
@@ -142,7 +142,7 @@ class Actor(nn.Module):
         super().__init__()
         sizes = [obs_dim, *args.actor_hidden, act_dim]
         self.mean = mlp(sizes, args.activation)
-        self.log_std = nn.Parameter(torch.full((act_dim,), args.log_std_init))
+        self.log_std = nn.Parameter(torch.full((act_dim,), float(args.log_std_init)))
         self.log_std_net = mlp(sizes, args.activation) if args.state_dependent_std else None
 
     def forward(self, obs) -> Normal:
@@ -273,7 +273,7 @@ if __name__ == "__main__":
     for iteration in run:
         left, low, linear = 1 - iteration / num_iterations, args.min_learning_rate, args.learning_rate_decay == "linear"
         for adam, rate in ((actor_optimizer, args.actor_learning_rate), (critic_optimizer, args.critic_learning_rate)):
-            adam.param_groups[0]["lr"] = low + left * (rate - low) if linear else low * (rate / low) ** left
+            adam.param_groups[0]["lr"] = min(rate, low + left * (rate - low) if linear else low * (rate / low) ** left)
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
         obs, window = env.detach(), defaultdict(list)
@@ -316,9 +316,8 @@ if __name__ == "__main__":
             norm, score_norm = (nn.utils.get_total_norm(ranks.average(x)) for x in gradients)
             (-args.score_share * norm / score_norm.clamp_min(1e-30) * score).backward()
         ranks.average_gradients(actor)
-        nonfinite = torch.cat([~torch.isfinite(p.grad).flatten() for p in actor.parameters()]).any()
         grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-        if not nonfinite:
+        if grad_norm.isfinite():
             actor_optimizer.step()
         entropy = ranks.mean(window["entropy"])
         if args.learn_entropy_coef:
@@ -357,7 +356,7 @@ if __name__ == "__main__":
             "losses/kl": kl, "policy/std": new.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
-            "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
+            "grad/nonfinite": ~grad_norm.isfinite(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(average))

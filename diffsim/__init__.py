@@ -49,7 +49,7 @@ def make(
         derivative: whose gradient physics mujoco has: "diffsim"; "mujoco", MuJoCo's own by finite differences.
         stiffness, smoothing: of the contacts that the gradient goes through, see Softness. None: diffsim's own, and
             softer, smoother ones (0.6, 3) with mujoco, where they decide nothing but the gradient.
-        compile: compile diffsim's step, once for a robot, num_envs and softness.
+        compile: compile diffsim's step, once for a robot and a softness.
     Raises ValueError, one line, for an unknown task, engine or device, and arguments of another kind or out of range.
     """
     task = task if isinstance(task, (str, Task)) else instance(task)

@@ -197,7 +197,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         """Warn where the reward of the next `steps` steps has no gradient in the actions by way of the physics, or none
         that is finite. A cost of the actions themselves does not count. The state stays as it is.
 
-        Raises ValueError, one line, for a method of the task that fails on tensors that carry a gradient.
+        Raises ValueError, one line, for a method of the task that fails on tensors that carry a gradient, or
+        where neither reward nor observation has one.
         """
         check_methods(self.task, self.model, differentiable=True)
         name = f"{type(self.task).__name__}.{reward_method(self.task)}"
@@ -214,6 +215,9 @@ class DiffEnv(gymnasium.vector.VectorEnv):
                 if gradient is not None and gradient.any():
                     break
         else:
+            live = self._observe(qpos, qvel, action), self.task.transition_reward(before, qpos, qvel, action)
+            if not any(x.requires_grad for x in live):
+                raise ValueError(f"neither {name} nor the observation has a gradient; ppo_baseline.py needs none")
             warnings.warn(
                 f"no gradient of {name} reaches the actions through {steps} steps of physics: only the critic's does. "
                 "A detach, a comparison, .item()? (ppo_baseline.py needs none)",

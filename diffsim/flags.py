@@ -221,12 +221,12 @@ def parse(Args, defaults: dict, one_process: bool = False):
             fail(f"--resume {args.resume}: a run on code in a file; if you trust that file: --env {quote(default.env)}")
     else:
         with one_line_errors():
-            physics = args.physics or diffsim.default_physics(args.env)
             name = diffsim.settings_of(args.env)
+            physics = args.physics or defaults.get(name, {}).get("physics") or diffsim.default_physics(args.env)
         settings: dict = {}
         for key in (f"on {physics}", name, f"{name} on {physics}"):
             settings |= defaults.get(key, {})
-        default = replace(args, physics=physics, **settings)
+        default = replace(args, **settings | dict(physics=physics))
     final = cli(Args, default=default)
     if args.resume is not None:
         for key, value in vars(final).items():

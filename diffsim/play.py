@@ -47,18 +47,19 @@ def load_policy(path) -> tuple[torch.nn.Module, str]:
     return policy, policy.env
 
 
-def playback_env(name: str, episodes: int, physics: str | None = None, obs_dim: int | None = None):
+def playback_env(name: str, episodes: int, physics: str | None = None, obs_dim: int | None = None, **softness):
     """An environment for each episode, with compiled physics where episodes are long enough for that to pay.
+    softness: stiffness and smoothing, see `diffsim.make`.
 
     Raises ValueError, one line, where observations are not those a policy wants, obs_dim.
     """
-    env = diffsim.make(name, episodes, physics=physics, compile=False)
+    env = diffsim.make(name, episodes, physics=physics, compile=False, **softness)
     given = env.single_observation_space.shape[0]
     if obs_dim not in (None, given):
         raise ValueError(f"the policy wants {obs_dim} observations, {name} on {physics} has {given}")
     if not isinstance(env, GymnasiumEnv) and env.max_episode_steps >= 500:
         with suppress(CacheError):  # then nothing is compiled, and play works without
-            return diffsim.make(name, episodes, physics=physics)
+            return diffsim.make(name, episodes, physics=physics, **softness)
     return env
 
 
@@ -160,15 +161,15 @@ class Evaluator:
     Under torchrun each process runs its share of the episodes."""
 
     def __init__(self, args):
-        known = dict(device=args.device, compile=args.compile, physics=args.physics)
-        known |= {name: getattr(args, name) for name in ("stiffness", "smoothing") if hasattr(args, name)}
+        device = dict(device=args.device, compile=args.compile)
+        known = device | {k: getattr(args, k) for k in ("physics", "stiffness", "smoothing") if hasattr(args, k)}
         self.episodes = ranks.share(args.eval_episodes)
         self.env, self.others = diffsim.make(args.env, max(1, self.episodes), **known), {}
         if args.eval_physics:
             if args.physics == "gymnasium" and args.env not in diffsim.TASKS:
                 raise ValueError(f"--eval-physics: {args.env} runs on gymnasium only")
             other = "mujoco" if args.physics == "diffsim" else "diffsim"
-            self.others[other] = diffsim.make(args.env, max(1, self.episodes), physics=other, compile=args.compile)
+            self.others[other] = diffsim.make(args.env, max(1, self.episodes), physics=other, **device)
 
     def __call__(self, policy) -> dict[str, torch.Tensor]:
         """Numbers by TensorBoard tag, of all processes' episodes."""
@@ -192,7 +193,7 @@ def film(env, qpos: np.ndarray, video: str | Path):
 def record(run: Path, video: Path):
     """Film one episode of a run's policy on the engine that it was trained on."""
     policy = read_policy(run)
-    env = playback_env(policy.env, 1, policy.physics)
+    env = playback_env(policy.env, 1, policy.physics, **policy.softness)
     for file in (video, video.with_suffix(".png")):  # a link in the folder of another's run must not be followed
         file.unlink(missing_ok=True)
     film(env, rollout(env, policy, 1)["qpos"], video)
@@ -211,7 +212,8 @@ def main():
         if is_file(name) and not args.env:
             trust = f"if you trust that file: --env {quote(name)}"
             raise ValueError(f"{args.policy} was trained on code in a file; {trust}")
-        env = playback_env(name, args.episodes, physics, policy.obs_dim)
+        softness = policy.softness if physics == policy.physics else {}
+        env = playback_env(name, args.episodes, physics, policy.obs_dim, **softness)
         print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy", flush=True)
         result = rollout(env, policy, args.episodes, args.seed)
         for key, unit in (

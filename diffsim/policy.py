@@ -44,9 +44,10 @@ def import_compiler():
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
-def write_policy(policy: nn.Module, obs_dim: int, device, file, env: str = "", physics: str = ""):
-    """`policy`: obs (B, obs_dim) -> action (B, act_dim), for any B. Raises ValueError, one line, for a policy that is
-    no graph of PyTorch's core operations (one that branches on the values of its tensors, say)."""
+def write_policy(policy: nn.Module, obs_dim: int, device, file, **trained_on):
+    """`policy`: obs (B, obs_dim) -> action (B, act_dim), for any B; `trained_on`: env, physics, stiffness, smoothing,
+    as `diffsim.make` has them. Raises ValueError, one line, for a policy that is no graph of PyTorch's core operations
+    (one that branches on the values of its tensors, say)."""
     obs, said, buffer = torch.linspace(-1, 1, 2 * obs_dim, device=device).view(2, obs_dim), io.StringIO(), io.BytesIO()
     import_compiler()
     logging.disable(logging.CRITICAL)  # torch tells of a failure in three ways before it raises
@@ -56,7 +57,7 @@ def write_policy(policy: nn.Module, obs_dim: int, device, file, env: str = "", p
             if policy not in PROGRAMS or not computes(PROGRAMS[policy], policy, obs):
                 PROGRAMS[policy] = trace(policy, obs)
             program, core = PROGRAMS[policy]
-            data = dict(graph=plain(core), obs_dim=obs_dim, env=env, physics=physics)
+            data = dict(graph=plain(core), obs_dim=obs_dim, env="", physics="") | trained_on
             Policy(data)(obs)
             torch.save(data, buffer)
             torch.export.save(program, file, extra_files={ENTRY: base64.b64encode(buffer.getvalue()).decode()})
@@ -144,11 +145,12 @@ def word(name: str):
 
 
 class Policy(nn.Module):
-    """obs (B, obs_dim) -> action (B, act_dim), and what it was trained on: `env`, `physics`, `obs_dim`."""
+    """obs (B, obs_dim) -> action (B, act_dim), and what it was trained on: `env`, `physics`, `obs_dim`, `softness`."""
 
     def __init__(self, data: dict):
         super().__init__()
         self.env, self.physics, self.obs_dim = data["env"], data["physics"], data["obs_dim"]
+        self.softness = {k: x for k in ("stiffness", "smoothing") if (x := data.get(k)) is not None}
         graph = data["graph"]
         self.weights, self.obs, self.output = dict(graph["weights"]), graph["obs"], graph["output"]
         if not all(type(w) is Tensor and w.layout == torch.strided and not w.is_nested for w in self.weights.values()):
@@ -192,7 +194,7 @@ def read_policy(path) -> Policy:
         policy = Policy(data)
         if not all(isinstance(x, str) and x.isprintable() and len(x) < 4096 for x in (policy.env, policy.physics)):
             raise ValueError("the names in it are no names")
-        if type(policy.obs_dim) is not int:
+        if type(policy.obs_dim) is not int or not all(type(x) is float for x in policy.softness.values()):
             raise TypeError
         if not policy(torch.zeros(2, policy.obs_dim)).isfinite().all():
             raise ValueError("its action is not finite")

@@ -55,6 +55,8 @@ class ReplayBuffer:
             self.data[k] = x.new_zeros(self.capacity, *x.shape[1:])
             self.data[k][: len(x)] = x
         order = self.count - len(self) + torch.arange(len(self))
+        if not len(self):  # nothing was stored yet
+            return
         ended = self.data["terminated"][order % self.capacity]
         self.ended = (order[:, None] * self.num_envs + torch.arange(self.num_envs))[ended].tolist()
 

@@ -383,7 +383,7 @@ class Run:
     def _save_policy(self, name: str):
         if ranks.RANK:
             return
-        trained_on = dict(env=self.args.env, physics=self.args.physics)
+        trained_on = {k: getattr(self.args, k, None) for k in ("env", "physics", "stiffness", "smoothing")}
         obs_dim, device = self.env.single_observation_space.shape[0], self.env.device
         write_whole(self.folder / name, lambda path: write_policy(self.policy, obs_dim, device, path, **trained_on))
 

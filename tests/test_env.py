@@ -267,6 +267,13 @@ def test_a_reward_without_gradient_is_warned_of(physics, reward, warning):
     assert len(said) == (warning is not None) and all("Mine.reward" in s and warning in s for s in said)
 
 
+def test_a_task_without_any_gradient_is_refused():
+    observe, reward = lambda s, q, v, a: q.detach(), lambda s, q, v, a: q[0].detach()  # noqa: E731
+    task = type("Mine", (diffsim.TASKS["cartpole"],), dict(observe=observe, reward=reward))
+    with pytest.raises(ValueError, match="^neither Mine.reward nor the observation has a gradient"):
+        diffsim.make(task, 3, **KW).check_gradient(2)
+
+
 @pytest.mark.parametrize("name", diffsim.TASKS)
 def test_rewards_of_all_tasks_have_a_gradient_and_looking_for_it_changes_nothing(name):
     env = diffsim.make(name, 2, **KW)

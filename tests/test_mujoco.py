@@ -249,6 +249,10 @@ def test_the_engine_of_a_task_is_its_own_unless_asked_otherwise():
     assert soft == diffsim.Softness(0.3).widened(2.0) != diffsim.Softness()
 
 
-def test_a_twins_reward_is_its_transition_reward():
-    with pytest.raises(ValueError, match=r"Calm.reward is never asked on a Gymnasium task; write transition_reward"):
-        type("Calm", (diffsim.TASKS["Hopper-v5"],), dict(reward=lambda *_: 0.0))
+@pytest.mark.parametrize(
+    "name, value, instead",
+    [("reward", lambda *_: 0.0, "transition_reward"), ("control_dt", 0.05, "frame_skip and"), ("substeps", 2, "frame")],
+)
+def test_what_a_twin_does_not_ask_is_named(name, value, instead):
+    with pytest.raises(ValueError, match=rf"Calm.{name} is never asked on a Gymnasium task; write {instead}"):
+        type("Calm", (diffsim.TASKS["Hopper-v5"],), {name: value})

@@ -125,6 +125,21 @@ def test_learning_rates(tmp_path):
     assert found["adapted"] == pytest.approx([1e-3, 1e-3 / 1.5**2, 1e-3 / 1.5**4])  # every epoch's KL is too large
 
 
+def test_minibatches_are_of_nearly_equal_size(tmp_path):
+    """None has one sample, whose advantage has no deviation."""
+    flags = "--no-compile --env cartpole --num-envs 10 --num-steps 10 --num-minibatches 12 --total-timesteps 100"
+    run_script("ppo_baseline.py", *flags.split(), *"--eval-episodes 2 --update-epochs 1 --run-dir".split(), tmp_path)
+    assert float(rows(tmp_path)[-1]["policy_loss"]) < 1
+
+
+def test_observations_stay_as_they_are_unless_they_are_normalised(tmp_path):
+    flags = "--no-compile --env cartpole --num-envs 2 --num-steps 2 --num-minibatches 2 --total-timesteps 4"
+    flags = [*flags.split(), *"--no-norm-obs --eval-episodes 2 --run-dir".split(), tmp_path]
+    run_script("ppo_baseline.py", *flags)
+    saved = torch.load(the_run(tmp_path) / "checkpoint.pt", weights_only=True)
+    assert saved["normalizer"] == {}
+
+
 def test_a_batchs_epochs_stop_at_the_target_kl(tmp_path):
     for name, kl in (("a", 1e-12), ("b", 1e3)):
         flags = [*TINY, "--env", "cartpole", "--target-kl", kl, "--run-dir", tmp_path / name, "--stop-after", 1]

@@ -202,6 +202,8 @@ def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
         ends, share = one.ends(500)  # steps 16, 20 and 24 of the first environment
         assert set(ends["obs"][:, 0].tolist()) == {16, 20, 24} and float(share) == pytest.approx(3 / 20)
         assert ends["obs"].shape == (500, 1) and bool(ends["terminated"].all())
+    other.load_state_dict(rp.ReplayBuffer(20, 2).state_dict())  # saved before the first step
+    assert len(other) == 0
 
 
 def test_without_an_end_those_of_termination_have_no_share():

@@ -752,6 +752,14 @@ def test_defaults_that_no_field_of_args_takes_are_named(monkeypatch, capsys):
     assert stopped.value.code == 2 and 'DEFAULTS["hopper"] sets kl_coef, which is no' in capsys.readouterr().err
 
 
+def test_defaults_may_choose_an_engine():
+    with command_line("shac.py"):
+        args = parse(module("shac.py").Args, {"ant": dict(physics="mujoco"), "on mujoco": dict(horizon=5)})
+    assert (args.physics, args.horizon) == ("mujoco", 5)
+    with command_line("shac.py", "--physics", "diffsim"):
+        assert parse(module("shac.py").Args, {"ant": dict(physics="mujoco")}).physics == "diffsim"
+
+
 @pytest.mark.parametrize(
     "numbers, message",
     [

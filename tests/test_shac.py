@@ -82,6 +82,11 @@ def test_entropy_of_the_squashed_policy_by_quadrature():
     assert float(estimate.mean()) == pytest.approx(float(exact), abs=4 * float(estimate.std()) / 400_000**0.5)
 
 
+@pytest.mark.parametrize("script", [shac, rpo_diffsim])
+def test_an_initial_deviation_may_be_an_integer(script):
+    assert script.Actor(3, 2, script.Args(log_std_init=-1)).log_std.is_floating_point()
+
+
 @pytest.mark.parametrize("state_dependent", [False, True])
 @pytest.mark.parametrize("script", [shac, rpo_diffsim])
 def test_a_policys_distribution_stays_as_it_was(script, state_dependent):
@@ -187,6 +192,8 @@ def test_learning_rates_fall_linearly_or_exponentially(script, tmp_path):
         given = [*TINY, *flags, "--learning-rate-decay", decay, "--run-dir", tmp_path / decay]
         run_script(script, *given, "--stop-after", 3)
         assert [float(r["learning_rate"]) for r in rows(tmp_path / decay)] == pytest.approx(expected)
+    run_script(script, *TINY, *flags, "--actor-learning-rate", 1e-5, "--run-dir", tmp_path / "low", "--stop-after", 3)
+    assert [float(r["learning_rate"]) for r in rows(tmp_path / "low")] == pytest.approx([1e-5] * 3)  # it does not rise
 
 
 def test_play_measures_on_both_engines(tmp_path):

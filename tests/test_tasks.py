@@ -310,6 +310,14 @@ def test_what_is_no_task_is_one_line(tmp_path):
         diffsim.make(f"{tmp_path}/late.py:Late")
 
 
+def test_a_file_of_a_task_may_have_dataclasses(tmp_path):
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom diffsim.tasks import TASKS\n\n"
+    code += "@dataclass\nclass Gain:\n    x: float = 1.0\n\nclass Mine(TASKS['cartpole']):\n    gain = Gain()\n"
+    (tmp_path / "math.py").write_text(code)  # of a name that another module has
+    assert diffsim.make(f"{tmp_path}/math.py:Mine", 1, compile=False).task.gain.x == 1.0
+    assert sys.modules["math"] is math
+
+
 def test_an_initial_state_carries_no_gradient():
     start = torch.zeros(2, 1, requires_grad=True)
     reset = lambda self, model, count, generator: (start.repeat(1, count), torch.zeros(2, count))  # noqa: E731

@@ -56,12 +56,13 @@ def find_task(name: str) -> Task:
         return TASKS[name]()
     if not os.path.isfile(file):
         raise ValueError(f"env '{name}': no file {file}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"task_file_{Path(file).stem}", file)
     if Path(file).suffix != ".py":
         raise ValueError(f"env '{name}': {file} is no .py file")
     module, folder = importlib.util.module_from_spec(spec), str(Path(file).resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # the last: a torch.py there is not torch
+    sys.modules[spec.name] = module  # a dataclass looks for its own module there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:

@@ -38,10 +38,12 @@ class GymnasiumTwin(Task):
     max_speed = float("inf")  # observed
 
     def __init_subclass__(cls):
+        wanted = dict(reward="transition_reward(self, before, qpos, qvel, action)")
+        wanted |= dict(control_dt="frame_skip and timestep", substeps="frame_skip")
+        if found := [name for name in wanted if name in vars(cls)]:
+            instead = f"{wanted[found[0]]} instead"
+            raise ValueError(f"{cls.__name__}.{found[0]} is never asked on a Gymnasium task; write {instead}")
         cls.control_dt, cls.substeps = cls.frame_skip * cls.timestep, cls.frame_skip
-        if "reward" in vars(cls):
-            wanted = "transition_reward(self, before, qpos, qvel, action)"
-            raise ValueError(f"{cls.__name__}.reward is never asked on a Gymnasium task; write {wanted} instead")
 
     def reset(self, model, count, generator):
         start = torch.as_tensor(model.mj_model.qpos0, dtype=model.dtype, device=model.device)[:, None]
