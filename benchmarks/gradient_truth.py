@@ -80,8 +80,8 @@ class Lab:
             fail(f"run {run}: {args.num_envs} environments, too few to tell a standard error; it takes 8")
         with one_line_errors():
             self.env = diffsim.make(
-                env if is_file(args.env) else args.env, args.num_envs, physics=args.physics, stiffness=args.stiffness,
-                smoothing=args.smoothing, compile=compile, dtype=getattr(torch, dtype),
+                env if is_file(args.env) else args.env, args.num_envs, physics=args.physics, derivative=args.derivative,
+                stiffness=args.stiffness, smoothing=args.smoothing, compile=compile, dtype=getattr(torch, dtype),
             )  # fmt: skip
             self.env.load_state_dict(checkpoint["env"])
         obs_dim, act_dim = self.env.single_observation_space.shape[0], self.env.single_action_space.shape[0]

@@ -18,8 +18,7 @@ def load_runs() -> pd.DataFrame:
     """runs.csv, diffsim's tasks before Gymnasium's, algorithms in the order of ALGORITHMS."""
     text = dict.fromkeys(("run", "env", "script", "algorithm", "tag", "physics", "flags", "commit", "versions"), str)
     runs = pd.read_csv(HERE / "runs.csv", dtype=text | {"eval_episodes": "Int64", "falls": "Int64"})
-    rank = runs.algorithm.map({name: i for i, name in enumerate(ALGORITHMS)})
-    runs = runs.fillna({name: "" for name in text}).assign(rank=rank)
+    runs = runs.fillna(dict.fromkeys(text, "")).assign(rank=runs.algorithm.map(list(ALGORITHMS).index))
     runs = runs.assign(gymnasium=runs.env.str.contains("-v"), mujoco=runs.physics != "diffsim")
     runs["trial"] = runs.tag.where(runs.seed > 100, "")  # some differ by their commit alone
     return runs.sort_values(["gymnasium", "env", "mujoco", "rank", "steps", "tag", "seed"], ignore_index=True)
@@ -29,9 +28,10 @@ def load_runs() -> pd.DataFrame:
 def load_curves() -> dict[str, pd.DataFrame]:
     """curves.csv.gz by run. Where a speed was measured, time passes as it says: most runs were not side by side."""
     curves = pd.read_csv(HERE / "curves.csv.gz").eval("steps = global_step")
-    first = curves.groupby("run")[["wall_time_s", "steps"]].transform("first")  # with the start of the process
-    per_s = {r.run: speed(r.env, r.algorithm, r.physics) for r in load_runs().itertuples() if r.tag in ORDINARY}
-    paced = first.wall_time_s + (curves.steps - first.steps) / curves.run.map(per_s)
+    runs, first = load_runs().set_index("run", drop=False), curves.groupby("run")[["wall_time_s", "steps"]].first()
+    start = first.wall_time_s.groupby([runs.env, runs.algorithm, runs.physics, runs.tag]).transform("median")
+    per_s = {r.run: speed(r.env, r.algorithm, r.physics) for r in runs.itertuples() if r.tag in ORDINARY}
+    paced = curves.run.map(start) + (curves.steps - curves.run.map(first.steps)) / curves.run.map(per_s)
     curves = curves.assign(wall_time_s=paced.fillna(curves.wall_time_s)).eval("minutes = wall_time_s / 60")
     return dict(tuple(curves.groupby("run", sort=False)))
 

@@ -169,7 +169,8 @@ def throughput() -> str:
 
 
 def scaling() -> str:
-    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str, flags=str)).query("processes > 0 and batch > 0")
+    found = pd.read_csv(HERE / "throughput.csv", dtype=dict(commit=str, flags=str))
+    found = found.query("processes > 0 and batch > 0 and algorithm not in ['SHAC', 'PPO']")
     alike = found.fillna(dict(flags="")).groupby(["env", "flags", "batch", "processes"])  # in this order, as well
     commits = alike.commit.agg(lambda x: " ".join(x.unique()))
     found = alike.median(numeric_only=True).assign(commit=commits, times=alike.size()).reset_index()
@@ -187,7 +188,6 @@ def scaling() -> str:
 
 
 def speeds() -> str:
-    """Environment steps/s of training."""
     found = load.load_speeds().pivot_table("training", ["physics", "env"], "algorithm", "median").reset_index()
     found = found.map(lambda x: x if isinstance(x, str) else f"{x:,.0f}" if x == x else "")
     names = ["physics", *(name for name in ALGORITHMS if name in found)]
@@ -238,9 +238,10 @@ def main():
         if unknown := {match[1] for match in MARKED.findall(text)} - set(TABLES):
             sys.exit(f"tables.py: {name} asks for {', '.join(sorted(unknown))}; there is {', '.join(TABLES)}")
         new = MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text)
-        if new != text and "--check" in sys.argv[1:]:
+        if "--check" not in sys.argv[1:]:
+            readme.write_text(new)
+        elif new != text:
             sys.exit(f"tables.py: {name} has tables that are not from the CSVs; run python benchmarks/tables.py")
-        readme.write_text(new)
 
 
 if __name__ == "__main__":

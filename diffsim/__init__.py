@@ -7,6 +7,7 @@ from functools import partial
 from numbers import Integral, Real
 
 import gymnasium
+import numpy as np
 import torch
 
 from diffsim.builder import load_model
@@ -99,7 +100,8 @@ def make(
 
 
 def _single(task: str, **kwargs) -> NumpyEnv:
-    return NumpyEnv(make(task, 1, **{"compile": False, **kwargs}))
+    seed = int(np.random.SeedSequence().generate_state(1)[0])  # so that copies differ, as Gymnasium's do
+    return NumpyEnv(make(task, 1, **{"compile": False, "seed": seed, **kwargs}))
 
 
 for _name in TASKS:

@@ -256,7 +256,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         Raises ValueError, one line, for all else. Tensors may be of another precision or device.
         """
         before = self.get_state()
-        if differ := before.keys() ^ state.keys():
+        if differ := before.keys() ^ (state.keys() if isinstance(state, dict) else set()):
             raise ValueError(f"state lacks or has further keys ({', '.join(sorted(differ))}): none of get_state")
         for name, own in before.items():
             if not isinstance(state[name], Tensor) or state[name].layout != own.layout:
@@ -264,6 +264,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             rows = slice(1 if name.startswith("start_") else None)  # there are as many starts as are left
             if state[name].shape[rows] != own.shape[rows] or state[name].ndim != own.ndim:
                 raise ValueError(f"state has {name} {tuple(state[name].shape)}, this environment {tuple(own.shape)}")
+        if state["generator"].dtype != torch.uint8:
+            raise ValueError(f"state has a generator of {state['generator'].dtype}, it must be torch.uint8")
         for name in STATE:
             setattr(self, name, state[name].to(before[name]).clone())
         self._starts = [state[n].to(self.qpos.detach()).clone() for n in ("start_qpos", "start_qvel")]

@@ -9,6 +9,7 @@ from gymnasium.wrappers import RescaleAction
 from torch import Tensor
 
 from diffsim import memory
+from diffsim.mjcf import quiet_mujoco
 
 
 def is_gymnasium_id(name: str) -> bool:
@@ -44,13 +45,11 @@ class GymnasiumEnv:
             env = gymnasium.make(name, **kwargs)
             return RescaleAction(env, np.float32(-1), np.float32(1)) if unit_actions else env
 
-        mujoco.set_mju_user_warning(lambda message: None)  # what is deprecated in its files is Gymnasium's business
         try:
-            self.envs = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+            with quiet_mujoco():  # what is deprecated in its files is Gymnasium's business
+                self.envs = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
         except (gymnasium.error.Error, ImportError) as e:
             raise ValueError(f"env '{name}': Gymnasium cannot make it: {' '.join(str(e).split())}") from None
-        finally:
-            mujoco.set_mju_user_warning(None)
         self.single_observation_space = self.envs.single_observation_space
         self.single_action_space = self.envs.single_action_space
         for space in (self.single_observation_space, self.single_action_space):
@@ -59,7 +58,9 @@ class GymnasiumEnv:
         self.name, self.num_envs, self.seed = name, num_envs, seed
         self.device = torch.device("cpu")
         first = self.envs.envs[0]
-        self.max_episode_steps = first.spec.max_episode_steps or 1000
+        self.max_episode_steps = first.spec.max_episode_steps
+        if self.max_episode_steps is None:
+            raise ValueError(f"env '{name}' has no time limit: gymnasium.register it with max_episode_steps")
         robot = getattr(first.unwrapped, "model", None)
         self.mj_model = robot if isinstance(robot, mujoco.MjModel) else None  # None: cannot be drawn
         self.control_dt = getattr(first.unwrapped, "dt", None)

@@ -5,6 +5,7 @@ in a plain model, so what a later MuJoCo adds is refused as well, until it is li
 """
 
 import warnings
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -79,6 +80,17 @@ class UnsupportedError(ValueError):
     """The MJCF uses something that diffsim does not simulate; the message names it."""
 
 
+@contextmanager
+def quiet_mujoco():
+    """MuJoCo's warnings go nowhere, instead of to stderr and into a file MUJOCO_LOG.TXT."""
+    warn = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(warn)
+
+
 def read(xml) -> tuple[mujoco.MjModel, str]:
     """The compiled model of an MJCF file or string, and its name. Raises ValueError, one line."""
     text = isinstance(xml, str) and "<" in xml
@@ -89,10 +101,8 @@ def read(xml) -> tuple[mujoco.MjModel, str]:
         found = False
     if not found:
         raise ValueError(f"cannot read MJCF {name or repr(xml)}: no such file")
-    warn = mujoco.get_mju_user_warning()
     try:
-        mujoco.set_mju_user_warning(lambda message: None)  # else on stderr and in a file MUJOCO_LOG.TXT
-        with warnings.catch_warnings():  # MuJoCo's deprecations are the file's business
+        with quiet_mujoco(), warnings.catch_warnings():  # MuJoCo's deprecations are the file's business
             warnings.simplefilter("ignore")
             m = (mujoco.MjSpec.from_string(xml) if text else mujoco.MjSpec.from_file(str(xml))).compile()
         m.names.decode()
@@ -100,8 +110,6 @@ def read(xml) -> tuple[mujoco.MjModel, str]:
         raise ValueError(f"cannot read MJCF {name}: its names are not UTF-8") from None
     except (ValueError, mujoco.FatalError) as e:
         raise ValueError(f"cannot read MJCF {name}: {' '.join(str(e).split())}") from None
-    finally:
-        mujoco.set_mju_user_warning(warn)
     return m, name
 
 

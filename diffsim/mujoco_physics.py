@@ -23,6 +23,7 @@ import torch
 from mujoco import rollout
 from torch import Tensor
 
+from diffsim.mjcf import quiet_mujoco
 from diffsim.model import Model
 
 
@@ -46,6 +47,7 @@ class MujocoPhysics:
         self.mj_model = model.mj_model.__copy__()
         if not own_integrator:
             self.mj_model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+        self.mj_model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)  # what explodes ends its episode
         self.model, self.substeps, self.width = model, substeps, width
         self._make_differentiator, self._differentiator = differentiator, None
         threads = num_threads or os.cpu_count() or 1
@@ -79,7 +81,8 @@ class MujocoPhysics:
         state[:, 1 + m.nq : 1 + m.nq + m.nv] = qvel.detach().T.cpu().numpy()
         ctrl = ctrl.detach().nan_to_num()  # MuJoCo would log it; whoever steps with a NaN ends the episode
         control = np.repeat(ctrl.T.cpu().double().numpy()[:, None], self.substeps, 1)
-        trajectory, _ = self.pool.rollout(m, self.data, state, np.ascontiguousarray(control))
+        with quiet_mujoco():
+            trajectory, _ = self.pool.rollout(m, self.data, state, np.ascontiguousarray(control))
         last = torch.from_numpy(np.ascontiguousarray(trajectory[:, -1].T)).to(qpos)
         return last[1 : 1 + m.nq].contiguous(), last[1 + m.nq : 1 + m.nq + m.nv].contiguous()
 
@@ -116,7 +119,7 @@ class Mismatch:
         self.qpos, self.qvel = ((p - r).detach() for p, r in zip(predicted, real))
 
     def joint_angle(self) -> float:
-        """Mean absolute difference of the joints that carry an actuator or a limit, rad (m for slides)."""
+        """Mean absolute difference of the hinges (rad) and slides (m) below the root body; without any, of qpos."""
         m = self.model.mj_model
         jointed = [int(m.jnt_qposadr[i]) for i in range(m.njnt) if m.jnt_type[i] >= 2 and m.jnt_bodyid[i] > 1]
         rows = jointed or list(range(m.nq))
@@ -125,10 +128,9 @@ class Mismatch:
     def base_velocity(self) -> float:
         """Mean length of the difference of the root's linear velocity, m/s."""
         m = self.model.mj_model
-        rows = (
-            range(3) if m.jnt_type[0] == 0 else [i for i in range(m.nv) if m.jnt_type[i] == 2 and m.dof_bodyid[i] == 1]
-        )
-        return float(self.qvel[list(rows)].norm(dim=0).mean()) if len(rows) else 0.0
+        slides = [i for i in range(m.nv) if m.jnt_type[m.dof_jntid[i]] == 2 and m.dof_bodyid[i] == 1]
+        rows = [0, 1, 2] if m.jnt_type[0] == 0 else slides
+        return float(self.qvel[rows].norm(dim=0).mean()) if rows else 0.0
 
 
 def quaternion_rows(model: Model) -> list[int]:

@@ -27,7 +27,7 @@ class NumpyVectorEnv(gymnasium.vector.VectorEnv):
             setattr(self, name, getattr(env, name))
 
     def reset(self, *, seed=None, options=None):
-        """Observation (B, obs_dim), float32."""
+        """Observation (B, obs_dim)."""
         obs, _ = self.env.reset(seed=seed, options=options)
         return _array(obs), {}
 
@@ -56,7 +56,7 @@ class NumpyEnv(gymnasium.Env):
         self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
 
     def reset(self, *, seed=None, options=None):
-        """Observation (obs_dim,), float32."""
+        """Observation (obs_dim,)."""
         super().reset(seed=seed)
         obs, _ = self.env.reset(seed=seed, options=options)
         return _array(obs[0]), {}

@@ -118,7 +118,8 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
             frames.append(q[:, 0].numpy().copy())
         if not running[:episodes].any():
             break
-    values = dict(length=length, speed=(end - start) / (length * env.control_dt), saturation=saturated / length)
+    time = (length - 1).clamp(min=1) * env.control_dt  # until `end`, before the last step
+    values = dict(length=length, speed=(end - start) / time, saturation=saturated / length)
     values |= {"return": total, "limit_violation": violation, "penetration": depth}
     values |= {} if successes is None else dict(successes=successes)
     return {**{k: v[:episodes].numpy() for k, v in values.items()}, "qpos": np.stack(frames)}

@@ -75,7 +75,8 @@ def _draw(binary: str, frames: str, control_dt: str, path: str):
     camera.distance, camera.elevation, camera.azimuth = 3.9, -15, 90
     still = m.ncam > 0 and m.cam_mode[0] == mujoco.mjtCamLight.mjCAMLIGHT_FIXED  # the file says where to look from
     renderer = mujoco.Renderer(m, HEIGHT, WIDTH)
-    qpos = qpos[:: max(1, round(1 / FPS / float(control_dt)))]
+    steps = np.arange(0, len(qpos) * float(control_dt), 1 / FPS) / float(control_dt)  # at real speed
+    qpos = qpos[steps.astype(int).clip(max=len(qpos) - 1)]
     writer = imageio_ffmpeg.write_frames(path, (WIDTH, HEIGHT), fps=FPS)
     writer.send(None)
     strip = []

@@ -324,6 +324,8 @@ pendulum.step(None) | action is a NoneType
 env.numpy().step("left") | action is a str
 diffsim.NumpyEnv(make("cartpole", compile=False)).step("left") | action is a str
 env.set_state({}) | state
+env.set_state([]) | none of get_state
+env.set_state({**env.get_state(), "generator": env.get_state()["generator"].float()}) | it must be torch.uint8
 env.set_state(dict(env.get_state(), task=torch.zeros(1))) | keys \\(task\\)
 env.set_state(dict(env.get_state(), qvel=torch.zeros(3, 2))) | state has qvel \\(3, 2\\)
 env.set_state(dict(env.get_state(), episode_length=torch.zeros(5))) | state has episode_length

@@ -207,6 +207,11 @@ def test_mujoco_physics_is_mujocos_step_and_the_same_task():
     assert env.substeps == soft.substeps and env.model.timestep == soft.model.timestep
 
 
+def test_copies_that_are_not_seeded_differ():
+    env = gymnasium.make_vec("diffsim/hopper", num_envs=2, vectorization_mode="sync")
+    assert not np.array_equal(*env.reset()[0])
+
+
 def test_gymnasium_make_vec():
     env = gymnasium.make_vec("diffsim/ant", num_envs=2, compile=False)
     obs, _ = env.reset(seed=0)

@@ -249,6 +249,27 @@ def test_the_engine_of_a_task_is_its_own_unless_asked_otherwise():
     assert soft == diffsim.Softness(0.3).widened(2.0) != diffsim.Softness()
 
 
+@pytest.mark.parametrize("name", diffsim.TASKS)
+def test_every_task_tells_how_far_the_engines_are_apart(name):
+    env = diffsim.make(name, 2, physics="mujoco", compile=False)
+    env.reset()
+    env.step(torch.zeros(env.action_space.shape, requires_grad=True))
+    assert all(0 <= x < 1 for x in env.diagnostics().values()) and len(env.diagnostics()) == 2
+
+
+def test_what_explodes_in_mujoco_ends_its_episode(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = diffsim.make("ant", 3, physics="mujoco", compile=False)
+    env.reset()
+    state = env.get_state()
+    state["qvel"][3, 1] = 1e12
+    env.set_state(state)
+    with pytest.warns(UserWarning, match="1 environment.s. ended: qvel of environment 1"):
+        _, _, terminated, _, info = env.step(torch.zeros(3, 8))
+    assert terminated.tolist() == info["nonfinite"].tolist() == [False, True, False]
+    assert not list(tmp_path.iterdir())  # MuJoCo would keep a log of it
+
+
 @pytest.mark.parametrize(
     "name, value, instead",
     [("reward", lambda *_: 0.0, "transition_reward"), ("control_dt", 0.05, "frame_skip and"), ("substeps", 2, "frame")],

@@ -153,6 +153,15 @@ def test_ppo_learns(arm, tmp_path):
     assert learned("ppo_baseline.py", arm, tmp_path, *flags) > -26
 
 
+def test_an_environment_without_a_time_limit_is_refused():
+    gymnasium.register("Endless-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
+    try:
+        with pytest.raises(ValueError, match="^env 'Endless-v0' has no time limit"):
+            GymnasiumEnv("Endless-v0")
+    finally:
+        del gymnasium.registry["Endless-v0"]
+
+
 def test_gymnasium_env_is_gymnasiums():
     """Same observations, rewards and ends as the environment itself; the next episode starts in the same step."""
     assert is_gymnasium_id("Pendulum-v1") and not is_gymnasium_id("diffsim/ant") and not is_gymnasium_id("ant")

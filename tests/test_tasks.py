@@ -12,7 +12,7 @@ from gymnasium.utils.env_checker import check_env
 
 import diffsim
 from diffsim.dynamics import contact_points
-from diffsim.play import playback_env, starts
+from diffsim.play import playback_env, rollout, starts
 from tests import ROOT
 
 NAMES = list(diffsim.TASKS)
@@ -308,6 +308,34 @@ def test_what_is_no_task_is_one_line(tmp_path):
     (tmp_path / "late.py").write_text("import torch\n\nx = torch.zeros(2) @ torch.zeros(3)\n")
     with pytest.raises(ValueError, match=r"late.py does not import: RuntimeError: .* \(.*late.py:3\)$"):
         diffsim.make(f"{tmp_path}/late.py:Late")
+
+
+class Slider(diffsim.Task):
+    xml = """<mujoco><option gravity="0 0 0"/><worldbody><body><joint name="x" type="slide" axis="1 0 0"/>
+      <geom size="1"/></body></worldbody><actuator><motor joint="x" ctrlrange="-1 1"/></actuator></mujoco>"""
+    max_episode_steps = 5
+
+    def reset(self, model, count, generator):
+        return torch.zeros(1, count), torch.ones(1, count)
+
+    def observe(self, qpos, qvel, action):
+        return qpos
+
+    def reward(self, qpos, qvel, action):
+        return qvel[0]
+
+
+def test_play_tells_a_speed_of_one_metre_a_second():
+    played = rollout(diffsim.make(Slider, 2, compile=False), lambda obs: torch.zeros(2, 1), 2)
+    assert played["speed"].tolist() == pytest.approx([1, 1]) and played["length"].tolist() == [5, 5]
+
+
+def test_a_robot_beside_its_task_needs_an_xml_that_can_be_set(tmp_path):
+    (tmp_path / "arm.xml").write_text("<mujoco/>")
+    code = "import diffsim\n\nclass Arm(diffsim.Task):\n    xml = property(lambda self: 'arm.xml')\n"
+    (tmp_path / "arm.py").write_text(code)
+    with pytest.raises(ValueError, match="Arm.xml is a property; it must give the robot's whole path"):
+        diffsim.make(f"{tmp_path}/arm.py:Arm", 1)
 
 
 def test_a_file_of_a_task_may_have_dataclasses(tmp_path):

@@ -72,7 +72,10 @@ def find_task(name: str) -> Task:
         raise ValueError(f"env '{name}': {file} has no class {cls} that derives from diffsim.Task")
     task = instance(task)
     if "<" not in str(task.xml) and os.path.isfile(Path(folder, task.xml)):
-        task.xml = Path(folder, task.xml)
+        try:
+            task.xml = Path(folder, task.xml)
+        except AttributeError:
+            raise ValueError(f"env '{name}': {cls}.xml is a property; it must give the robot's whole path") from None
     return task
 
 
