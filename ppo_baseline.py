@@ -90,7 +90,7 @@ class Args(RunArgs):
     """initial log standard deviation of the policy's noise"""
 
 
-# What differs from Args for a task or an engine; flags on the command line win. Budgets last about as long as RPO's.
+# What differs from Args for a task or an engine; flags on the command line win. Budgets: up to four times RPO's.
 TWIN = dict(num_envs=64, total_timesteps=3_000_000)  # Gymnasium's tasks: a quarter of the batch, four times the updates
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), log_std_init=-1.0),  # to balance

@@ -41,7 +41,7 @@ def setting(group: pd.DataFrame) -> str:
     """The flags that make a variant: not its engine, budget and evaluations."""
     own = r"--(physics|total-timesteps|eval-every|algorithm|minutes|evaluations) \S+ ?"
     flags = re.sub(own, "", group["flags"].iloc[0]).strip()
-    return "the paper's" if group.tag.iloc[0] == "paper" else f"`{flags}`" if flags else "defaults"
+    return dict(paper="the paper's", crossq="critics 256").get(group.tag.iloc[0], f"`{flags}`" if flags else "defaults")
 
 
 def rival_after(algorithm: str, key: str, group: pd.DataFrame) -> str:
@@ -86,7 +86,7 @@ COLUMNS = {
     "inside the clip range": lambda g: f"{100 * g.inside_clip.mean():.0f} %",
     "std of its noise": lambda g: spread(g["std"], 2),
     "best evaluation": lambda g: spread([max(evaluations(run)) for run in g.run]),
-    "lowest since half-way": lambda g: spread([min(x[len(x) // 2 - 1 :]) for x in map(evaluations, g.run)]),
+    "lowest since half-way": lambda g: spread([min(x[(len(x) - 1) // 2 :]) for x in map(evaluations, g.run)]),
     "minutes together": lambda g: f"{np.median([load_curves()[run].minutes.iloc[-1] for run in g.run]):.1f}",
     "after 10 minutes": lambda g: after(g, "minutes", 10),
     "at 1M steps": lambda g: after(g, "steps", 1e6),
@@ -153,8 +153,8 @@ def truth() -> str:
         shares = [f"{100 * g.fell:.1f} %", f"{100 * g.by_moved:.0f} ± {100 * g.by_moved_error:.0f} %"]
         shares.append(f"{100 * g.truth_error / g.truth_norm:.0f} %" if g.truth_norm > 0 else "unresolved")
         cells = group.set_index("estimator").cell[names].str.replace("nan", "-")
-        rows.append([g.env, g.physics, f"{g.global_step / 1e3:.0f}k", *shares, *cells])
-    return markdown(["task", "engine", "steps", "windows with a fall", "by moved ends", "truth's error", *names], rows)
+        rows.append([g.env, g.physics, f"{g.global_step / 1e3:.0f}k", g.horizon, *shares, *cells])
+    return markdown(["task", "engine", "steps", "window", "with falls", "by moved ends", "truth's error", *names], rows)
 
 
 def throughput() -> str:
