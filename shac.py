@@ -356,7 +356,8 @@ if __name__ == "__main__":
             "losses/kl": kl, "policy/std": new.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
-            "grad/nonfinite": ~grad_norm.isfinite(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
+            "grad/nonfinite": (~grad_norm.isfinite()).float(),
+            "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(average))
