@@ -317,7 +317,8 @@ if __name__ == "__main__":
             (-args.score_share * norm / score_norm.clamp_min(1e-30) * score).backward()
         ranks.average_gradients(actor)
         grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-        if grad_norm.isfinite():
+        nonfinite = ~grad_norm.isfinite()
+        if not nonfinite:
             actor_optimizer.step()
         entropy = ranks.mean(window["entropy"])
         if args.learn_entropy_coef:
@@ -356,8 +357,7 @@ if __name__ == "__main__":
             "losses/kl": kl, "policy/std": new.stddev.mean(),
             "losses/policy_loss": policy_loss, "losses/entropy": entropy,
             "grad/norm_before_clip": grad_norm, "grad/norm_after_clip": grad_norm.clamp(max=args.max_grad_norm),
-            "grad/nonfinite": (~grad_norm.isfinite()).float(),
-            "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
+            "grad/nonfinite": nonfinite.float().mean(), "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
         } | env.diagnostics())  # fmt: skip
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(average))

@@ -54,7 +54,7 @@ class RunArgs:
     device: str = "cpu"
     """cpu or cuda"""
     compile: bool = True
-    """compile physics (once for a robot and softness, some ten seconds, then kept) and RP-PGM's updates (a minute)"""
+    """compile physics (once for a robot and softness, up to a minute, then kept) and RP-PGM's updates (a minute)"""
     num_threads: Threads = 1
     """threads of torch; the same number gives the same bits"""
     eval_every: Natural = 500_000
@@ -255,13 +255,13 @@ def load(path: str, flag: str = "--resume", by: str | None = None) -> dict:
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise FileNotFoundError
         checkpoint = torch.load(file, weights_only=True, map_location="cpu")
-        if not isinstance(checkpoint, dict):
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint["args"], dict):
             raise TypeError
-        writer, _ = checkpoint["script"], checkpoint["args"]
+        writer = checkpoint["script"]
     except FileNotFoundError:
         fail(f"{flag} {path}: no checkpoint.pt there")
     except Exception as e:
         fail(f"{flag} {file}: not a readable checkpoint ({type(e).__name__})")
     if writer != (by or script()):
-        fail(f"{flag} {path}: a checkpoint of {writer}.py")
+        fail(f"{flag} {path}: a checkpoint of {writer}.py, not of {by or script()}.py")
     return checkpoint

@@ -197,7 +197,7 @@ def _build(model: Model, entry: Path) -> str | None:
     def report(step: int):
         print(f"step {step + 1} of {len(STEPS)}: {STEPS[step]}", file=sys.stderr, flush=True)
 
-    print("compiling the physics of this robot and softness, once: some ten seconds", file=sys.stderr, flush=True)
+    print("compiling the physics of this robot and softness, once: up to a minute", file=sys.stderr, flush=True)
     try:
         temporary.mkdir(parents=True)
         report(0)

@@ -215,7 +215,8 @@ def main():
             raise ValueError(f"{args.policy} was trained on code in a file; {trust}")
         softness = policy.softness if physics == policy.physics else {}
         env = playback_env(name, args.episodes, physics, policy.obs_dim, **softness)
-        print(f"{name} on {physics}, {args.episodes} episodes, deterministic policy", flush=True)
+        contacts = "".join(f", {k} {x:g} as trained" for k, x in softness.items())
+        print(f"{name} on {physics}{contacts}, {args.episodes} episodes, deterministic policy", flush=True)
         result = rollout(env, policy, args.episodes, args.seed)
         for key, unit in (
             ("return", ""), ("successes", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"),

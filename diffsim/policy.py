@@ -189,7 +189,7 @@ def read_policy(path) -> Policy:
                 raise ValueError("it is compressed, as no file of diffsim is: it may be too large for the memory")
             packed = base64.b64decode(archive.read(entry[0])) if entry else None
         if packed is None:
-            raise ValueError("it holds no plain data: another program made it, or an older diffsim")
+            raise ValueError("it holds no plain data: no policy.pt2, or another program's, or an older diffsim's")
         data = torch.load(io.BytesIO(packed), weights_only=True, map_location="cpu")
         policy = Policy(data)
         if not all(isinstance(x, str) and x.isprintable() and len(x) < 4096 for x in (policy.env, policy.physics)):
