@@ -213,7 +213,7 @@ def main():
         if is_file(name) and not args.env:
             trust = f"if you trust that file: --env {quote(name)}"
             raise ValueError(f"{args.policy} was trained on code in a file; {trust}")
-        softness = policy.softness if physics == policy.physics else {}
+        softness = policy.softness if physics == policy.physics == "diffsim" else {}
         env = playback_env(name, args.episodes, physics, policy.obs_dim, **softness)
         contacts = "".join(f", {k} {x:g} as trained" for k, x in softness.items())
         print(f"{name} on {physics}{contacts}, {args.episodes} episodes, deterministic policy", flush=True)
