@@ -255,13 +255,13 @@ def load(path: str, flag: str = "--resume", by: str | None = None) -> dict:
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise FileNotFoundError
         checkpoint = torch.load(file, weights_only=True, map_location="cpu")
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint["args"], dict):
+        if not isinstance(checkpoint, dict):
             raise TypeError
-        writer = checkpoint["script"]
+        writer, _ = checkpoint["script"], checkpoint["args"]
     except FileNotFoundError:
         fail(f"{flag} {path}: no checkpoint.pt there")
     except Exception as e:
         fail(f"{flag} {file}: not a readable checkpoint ({type(e).__name__})")
     if writer != (by or script()):
-        fail(f"{flag} {path}: a checkpoint of {writer}.py, not of {by or script()}.py")
+        fail(f"{flag} {path}: a checkpoint of {writer}.py")
     return checkpoint

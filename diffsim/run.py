@@ -142,8 +142,8 @@ class Run:
                 try:
                     part.load_state_dict(checkpoint[name])
                 except (KeyError, RuntimeError, TypeError, AttributeError):
-                    made = {k: x for k, x in checkpoint["args"].items() if k == "env" or k.endswith("hidden")}
-                    fail(f"--init-from {self.args.init_from}: its {name} does not fit: it was made for {made}")
+                    fail(f"--init-from {self.args.init_from}: its {name} does not fit: it was made for other "
+                         "observations, actions or layers")  # fmt: skip
 
     def _load(self, checkpoint: dict) -> list[dict]:
         """The state of a checkpoint; returns the rows of metrics.csv up to it."""
