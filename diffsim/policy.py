@@ -194,7 +194,7 @@ def read_policy(path) -> Policy:
         policy = Policy(data)
         if not all(isinstance(x, str) and x.isprintable() and len(x) < 4096 for x in (policy.env, policy.physics)):
             raise ValueError("the names in it are no names")
-        if type(policy.obs_dim) is not int or not all(type(x) is float for x in policy.softness.values()):
+        if type(policy.obs_dim) is not int or not all(type(x) in (int, float) for x in policy.softness.values()):
             raise TypeError
         if not policy(torch.zeros(2, policy.obs_dim)).isfinite().all():
             raise ValueError("its action is not finite")

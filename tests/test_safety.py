@@ -308,9 +308,10 @@ class Branches(torch.nn.Module):
 @pytest.mark.parametrize("network", [Conv, Attention, Constants])
 def test_a_forks_network_is_read_as_it_was_written(network, tmp_path):
     policy, obs = network(), torch.randn(7, 10)
-    write_policy(policy, 10, "cpu", tmp_path / "policy.pt2", env="ant", physics="mujoco", stiffness=0.5)
+    write_policy(policy, 10, "cpu", tmp_path / "policy.pt2", env="ant", physics="mujoco", stiffness=0.5, smoothing=2)
     read = read_policy(tmp_path)
-    assert (read.env, read.physics, read.obs_dim, read.softness) == ("ant", "mujoco", 10, dict(stiffness=0.5))
+    assert (read.env, read.physics, read.obs_dim) == ("ant", "mujoco", 10)
+    assert read.softness == dict(stiffness=0.5, smoothing=2)  # a fork may write an integer
     torch.testing.assert_close(read(obs), policy(obs))
     torch.testing.assert_close(torch.export.load(tmp_path / "policy.pt2").module()(obs), policy(obs))
 
