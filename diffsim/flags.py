@@ -70,7 +70,7 @@ class RunArgs:
     resume: str | None = None
     """run folder or checkpoint.pt to continue, with its arguments; another --total-timesteps lengthens the run"""
     init_from: str | None = None
-    """run folder or checkpoint.pt of this script whose networks and normalisers a new run begins with"""
+    """run folder or checkpoint.pt, also of another script, whose networks and normalisers a new run begins with"""
     run_dir: str = "runs"
     """where the run folder is made"""
     capture_video: bool = False
@@ -237,7 +237,10 @@ def parse(Args, defaults: dict, one_process: bool = False):
         check_bounds(final)
         ranks.start(final.num_envs, final.device)
     if args.init_from is not None and args.resume is None:
-        load(args.init_from, "--init-from")
+        of_run = load(args.init_from, "--init-from")["args"]
+        theirs = of_run.get("activation") if isinstance(of_run, dict) else None
+        if theirs not in (None, getattr(final, "activation", theirs)):  # their shapes would not say so
+            fail(f"--init-from {args.init_from}: networks of another activation; they need --activation {theirs}")
     return final
 
 
@@ -262,6 +265,6 @@ def load(path: str, flag: str = "--resume", by: str | None = None) -> dict:
         fail(f"{flag} {path}: no checkpoint.pt there")
     except Exception as e:
         fail(f"{flag} {file}: not a readable checkpoint ({type(e).__name__})")
-    if writer != (by or script()):
+    if writer != (by or script()) and flag != "--init-from":  # networks either fit or do not
         fail(f"{flag} {path}: a checkpoint of {writer}.py")
     return checkpoint

@@ -141,9 +141,10 @@ class Run:
             if hasattr(part, "parameters") and name not in OF_A_RUN:
                 try:
                     part.load_state_dict(checkpoint[name])
-                except (KeyError, RuntimeError, TypeError, AttributeError):
-                    fail(f"--init-from {self.args.init_from}: its {name} does not fit: it was made for other "
-                         "observations, actions or layers")  # fmt: skip
+                except (KeyError, RuntimeError, TypeError, AttributeError) as e:
+                    why = str(e).strip().splitlines()[:2][-1].strip()[:120] if name in checkpoint else "there is none"
+                    fail(f"--init-from {self.args.init_from}: its {name} does not fit observations, actions and layers"
+                         f" here: {why}")  # fmt: skip
 
     def _load(self, checkpoint: dict) -> list[dict]:
         """The state of a checkpoint; returns the rows of metrics.csv up to it."""

@@ -117,13 +117,24 @@ def test_a_new_run_begins_with_the_networks_of_another(script, tmp_path):
 
 
 def test_networks_that_do_not_fit_are_one_line(cartpole, tmp_path, refused):
-    for flags in (["--actor-hidden", 7], ["--env", "hopper"]):
+    for flags, why in ((["--actor-hidden", 7], "Unexpected key"), (["--env", "hopper"], "Missing key")):
         args = [*small("shac.py", run_dir=tmp_path, total_timesteps=8), *flags]
         said = refused("shac.py", *args, "--init-from", cartpole)
-        assert f"--init-from {cartpole}: its actor does not fit: it was made for other" in said
-    assert "a checkpoint of shac.py" in refused("ppo_baseline.py", "--init-from", cartpole)
+        assert f"--init-from {cartpole}: its actor does not fit observations, actions and layers here: {why}" in said
+    args = small("ppo_baseline.py", run_dir=tmp_path, total_timesteps=8)
+    assert "layers here: there is none" in refused("ppo_baseline.py", *args, "--init-from", cartpole)
+    args = small("rpo_diffsim.py", run_dir=tmp_path, total_timesteps=8, activation="silu")
+    said = refused("rpo_diffsim.py", *args, "--init-from", cartpole)
+    assert said.endswith("networks of another activation; they need --activation elu")
     assert "--init-from nowhere: no checkpoint.pt there" in refused("shac.py", "--init-from", "nowhere")
     assert not list(tmp_path.iterdir())
+
+
+def test_rpo_begins_with_the_networks_of_shac(cartpole, tmp_path):
+    args = small("rpo_diffsim.py", run_dir=tmp_path, num_envs=2, stop_after=1, actor_learning_rate=1e-9)
+    run_script("rpo_diffsim.py", *args, "--init-from", cartpole)
+    one, two = checkpoint(cartpole)["actor"], checkpoint(the_run(tmp_path))["actor"]
+    assert one and all(torch.allclose(one[name], x, atol=1e-6) for name, x in two.items())
 
 
 # --- places that cannot be written --------------------------------------------------------------------------------

@@ -307,8 +307,7 @@ def test_bad_checkpoints_are_one_line(script, tmp_path, refused, monkeypatch):
         for flag in ("--resume", "--init-from"):
             assert f"{flag} {file}: not a readable checkpoint" in refused(script, flag, tmp_path)
     torch.save(dict(script="idea", args={}), file)
-    for flag in ("--resume", "--init-from"):
-        assert f"{flag} {tmp_path}: a checkpoint of idea.py" in refused(script, flag, tmp_path)
+    assert f"--resume {tmp_path}: a checkpoint of idea.py" in refused(script, "--resume", tmp_path)
     args = asdict(module(script).Args(env="cartpole", physics="diffsim", compile=False, num_envs=2))
     version = f"a checkpoint of another version of {script}"
     for wrong, message in (
