@@ -6,6 +6,7 @@ import warnings
 
 import torch
 
+from diffsim import program
 from diffsim.physics import cache_dir, compiler_error
 
 
@@ -37,7 +38,8 @@ def compiler(wanted: bool):
             try:
                 return run(*inputs)
             except torch._dynamo.exc.TorchDynamoException as e:
-                warnings.warn(f"{str(e).partition(chr(10))[0]}: {slow}", stacklevel=2)
+                if not program.told:  # Ctrl-C ends the C++ compiler, too
+                    warnings.warn(f"{str(e).partition(chr(10))[0]}: {slow}", stacklevel=2)
                 run = function
                 return run(*inputs)
 

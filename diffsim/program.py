@@ -12,6 +12,9 @@ TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # which starts several processes
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # the first of them speaks for all
 
 
+told = False  # that it is interrupted
+
+
 def is_ours() -> bool:
     """Whether `python -m diffsim...` runs, or a script that has its flags from diffsim.flags: not a notebook."""
     if sys.argv[:1] == ["-m"]:  # until the module is found
@@ -27,6 +30,8 @@ def is_ours() -> bool:
 def tell(text: str, number=signal.SIGINT):
     """A line on stderr from within a signal's handler: print may have been interrupted, and `2>&1 | tee` be gone.
     SIGTERM is torchrun's, when another process has ended and said why."""
+    global told
+    told = True
     if TORCHRUN and (RANK or number != signal.SIGINT):
         return
     try:

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from diffsim import program
 from tests import ROOT
 
 torch.set_num_threads(1)
@@ -22,6 +23,7 @@ def _signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    program.told = False
 
 
 @pytest.fixture

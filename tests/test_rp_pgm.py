@@ -9,7 +9,7 @@ import torch
 
 import diffsim
 import rp_pgm_mb as rp
-from diffsim import graphs
+from diffsim import graphs, program
 from tests import run_fresh, run_script
 from tests.test_shac import play, rows
 
@@ -383,6 +383,21 @@ def test_without_a_compiler_a_line_says_so_and_functions_run_as_they_are(broken,
         double = graphs.compiler(True)(lambda x: 2 * x)
         assert double(3) == double(3) == 6
     assert len(said) == 1 and len(str(said[0].message).splitlines()) == 1
+
+
+def test_ctrl_c_while_an_update_is_compiled_is_not_its_error(tmp_path, monkeypatch, recwarn):
+    """A terminal sends it to the C++ compiler, too, so that compiling fails."""
+
+    def interrupted(*inputs):
+        program.tell("interrupted")
+        raise torch._dynamo.exc.TorchDynamoException("C++ compile error")
+
+    monkeypatch.setenv("DIFFSIM_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(program, "told", False)
+    monkeypatch.setattr(graphs, "compiler_error", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: interrupted)
+    assert graphs.compiler(True)(lambda x: 2 * x)(3) == 6 and not recwarn
 
 
 def test_the_lab_measures_every_estimator(tmp_path):
