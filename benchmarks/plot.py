@@ -3,7 +3,7 @@
     python benchmarks/plot.py                                  # results.png, mujoco.png, opponents.png, gradients.png
     python benchmarks/plot.py runs/ant__* --out mine.png
 
-Runs that differ in their seed are one curve: mean and range.
+Runs that differ in their seed are one curve: mean and range, of those that came so far.
 """
 
 import signal
@@ -35,19 +35,19 @@ Panels = dict[str, dict[str, list[pd.DataFrame]]]  # {title: {label: curves of i
 def draw(panels: Panels, path: Path, y: str = "episodic_return", axes_x=("global_step", "wall_time_s")):
     """Mean and range of the seeds against steps (above) and minutes (below), a column a panel."""
     n, rows = len(panels), len(axes_x)
-    size = dict(figsize=(3.6 * n + 0.6, 2.7 * rows), squeeze=False, layout="constrained")
-    figure, axes = plt.subplots(rows, n, **size)
+    figure, axes = plt.subplots(rows, n, figsize=(3.6 * n + 0.6, 2.7 * rows), squeeze=False, layout="constrained")
     for column, (title, variants) in zip(axes.T, panels.items()):
         for axis, key in zip(column, axes_x):
-            scale, end = (1e6, min) if key == "global_step" else (60, max)
+            scale = 1e6 if key == "global_step" else 60
             for i, (label, seeds) in enumerate(variants.items()):
-                seeds = [seed.dropna(subset=y) for seed in seeds]
+                seeds = [s.dropna(subset=y) for s in seeds]
                 color = f"C{ALGORITHMS.index(label) if label in ALGORITHMS else i}"
-                grid = np.linspace(0, end(seed[key].max() for seed in seeds), 300)  # who is through keeps its return
-                ys = np.stack([np.interp(grid, seed[key], seed[y], np.nan) for seed in seeds])
+                grid = np.linspace(max(s[key].min() for s in seeds), max(s[key].max() for s in seeds), 300)
+                ys = np.stack([np.interp(grid, s[key], s[y], np.nan) for s in seeds])
+                ys[np.stack([grid > 1.02 * s[key].max() for s in seeds])] = np.nan  # it was over before
                 text = "\n".join(textwrap.wrap(label, 44, max_lines=3, placeholder=" ..."))
-                axis.plot(grid / scale, ys.mean(0), color=color, label=f"{text} ({len(seeds)})")
-                axis.fill_between(grid / scale, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)
+                axis.plot(grid / scale, np.nanmean(ys, 0), color=color, label=f"{text} ({len(seeds)})")
+                axis.fill_between(grid / scale, np.nanmin(ys, 0), np.nanmax(ys, 0), color=color, alpha=0.2, lw=0)
             axis.set(xlabel="minutes" if scale == 60 else "million environment steps", xlim=(0, None))
         column[0].set_title(title)
         column[0].legend(fontsize=7)

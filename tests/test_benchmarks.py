@@ -297,6 +297,17 @@ def test_plot_draws_rpo_against_its_opponents(tmp_path):
     assert width > 1000 and height > 200
 
 
+def test_plot_draws_a_shorter_run_as_far_as_it_came(tmp_path, monkeypatch):
+    drawn, long, short = [], *(plot.of_user((run_folder(tmp_path / f"ant__shac__{n}", n, n),)) for n in (300, 100))
+    monkeypatch.setattr(plot.plt.Axes, "plot", lambda self, x, y, **how: drawn.append((x, y)))
+    monkeypatch.setattr(plot.plt.Axes, "legend", lambda self, **how: None)
+    plot.draw({"ant": {"shac": [*long["ant"]["shac"], *short["ant"]["shac"]]}}, tmp_path / "mine.png")
+    x, y = drawn[0]
+    assert x[-1] * 1e6 == 300 * 64 and y[-1] == 300 * 300 * 64
+    at = np.searchsorted(x * 1e6, 50 * 64)
+    assert y[at] == pytest.approx(200 * x[at] * 1e6)  # the mean of both
+
+
 def test_plot_says_in_a_line_where_it_cannot_write(tmp_path):
     curve = plot.pd.DataFrame(dict(global_step=[1, 2], wall_time_s=[1, 2], episodic_return=[0.0, 1.0]))
     for path in (tmp_path / "no" / "a.png", tmp_path / "a.xyz"):
