@@ -113,7 +113,9 @@ class _Builder:
             for row, p in enumerate(joints):
                 for c in children[p]:
                     kind = JOINT[m.jnt_type[c]]
-                    shifts_tree = kind == "slide" and (index < 0 or groups[index].shifts_tree)
+                    one_body = p >= 0 and bool(m.jnt_bodyid[p] == m.jnt_bodyid[c])  # nothing touches between its joints
+                    below = index < 0 or groups[index].shifts_tree and (one_body or not self.collisions)
+                    shifts_tree = kind == "slide" and below  # dense.py: links that touch have their tree's origin
                     alone = c if self.collisions and kind == "free" else None
                     packs.setdefault((kind, shifts_tree, alone), []).append((row, c))
             for (kind, shifts_tree, _), members in packs.items():
@@ -250,7 +252,7 @@ class _Builder:
         def hidden(i, a):
             return any(
                 (inside := np.linalg.norm(a[1] - b[1]) + a[2] - b[2]) < -1e-9 or (abs(inside) <= 1e-9 and j < i)
-                for j, b in enumerate(found) if j != i and a[3] == b[3]
+                for j, b in enumerate(found) if j != i and (a[3], a[6]) == (b[3], b[6])  # ground, friction
             )  # fmt: skip
 
         return [a for i, a in enumerate(found) if not hidden(i, a)]
@@ -313,7 +315,9 @@ class _Builder:
             for g in groups:
                 if g.kind in ("hinge", "slide"):
                     dof = m.jnt_dofadr[g.joints]
-                    g.servo_kp, g.servo_kv = (self.column((moment[dof] ** 2) @ b) for b in (b1, b2))
+                    kp, kv = ((moment[dof] ** 2) @ b for b in (b1, b2))
+                    g.servo_kp, g.servo_kv = self.column(kp), self.column(kv)
+                    self.warn_about_servos(g, kp, kv)
         else:
             b0 = np.zeros(m.nu)
         limited = m.actuator_ctrllimited.astype(bool)
@@ -326,6 +330,17 @@ class _Builder:
             gravity=self.vec(m.opt.gravity * (not disabled(m, "GRAVITY"))), contact_names=self.contact_names,
             softness=self.softness, collisions=self.collisions, device=self.device, dtype=self.dtype,
         )  # fmt: skip
+
+    def warn_about_servos(self, g: Group, kp, kv):
+        """They are explicit, as in MuJoCo's Euler integrator: alone on its joint, one that is too stiff or damped for
+        the substep overshoots more each time."""
+        m, dof, h = self.m, self.m.jnt_dofadr[g.joints], self.m.opt.timestep
+        mass = 1 / np.maximum(m.dof_invweight0[dof], 1e-9) + h * m.dof_damping[dof]
+        unstable = np.flatnonzero(-(h * h * kp + 2 * h * kv) > 4 * mass)
+        if len(unstable):
+            joint = label(m, "joint", g.joints[unstable[0]])
+            message = f"the servo of {joint} is too stiff or damped for substeps of {h:.4g} s: use shorter ones"
+            warnings.warn(message, stacklevel=5)
 
     def warn_about_self_collision(self):
         """MuJoCo would let these geoms touch."""

@@ -17,8 +17,9 @@ def normal_law(gap: Tensor, speed: Tensor, k, damping, width: float, h: float, r
         f = max(0, k delta - c v),    delta = s softplus(-gap / s),    c = k d delta share
 
     never pulls. Its damping is Hunt and Crossley's on the way in: share = 1. On the way out, v > 0, share is
-    release / (release + delta), and the damping at most k d release, so that what is deep comes out. To first order, at
-    the end of the substep, where speed is v' and gap' = gap + h v',
+    release / (release + delta), and the damping at most k d release, so that what is deep comes out; at v = 0 the
+    weight below jumps by that, and the derivative leaves the jump out. To first order, at the end of the substep, where
+    speed is v' and gap' = gap + h v',
 
         h f(gap', v') = h (f + df/dgap h v' + df/dv (v' - v)) = impulse - weight v'
         weight  = (h^2 k sigmoid(-gap / s) (1 - d share^2 v) + h c) [f > 0]

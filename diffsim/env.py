@@ -77,7 +77,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self._ctrl_half = torch.where(free, 1.0, (high - low) / 2)
         self._generator = torch.Generator(device=self.device).manual_seed(seed)
         box = gymnasium.spaces.Box
-        self.single_observation_space = box(-np.inf, np.inf, (obs_dim,), np.float32)
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        self.single_observation_space = box(-np.inf, np.inf, (obs_dim,), kind)
         self.single_action_space = box(-1.0, 1.0, (self.model.nu,), np.float32)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
@@ -130,7 +131,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
 
         info: "final_obs" (B, obs_dim), before any reset; "episode" {"r", "l"}, of a task with goals "successes", too,
         with the mask "_episode", for episodes that ended in this step; "nonfinite" (B,), episodes ended because their
-        state was not finite.
+        state was not finite or a speed came to EXPLODED. Those have reward 0 and a new start's final_obs.
         """
         action = as_action(action, self.action_space.shape, self.device, self.dtype)
         action = torch.clamp(action, -1.0, 1.0).T  # (nu, B)

@@ -160,13 +160,14 @@ class RealValue(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_qpos, grad_qvel):
         predicted, real = ctx.saved_tensors
+        used = (grad_qpos != 0).any(0)  # what exploded may hold inf, and 0 * inf is NaN
         if ctx.quaternions:
             grad_qpos = grad_qpos.clone()
         for row in ctx.quaternions:  # a rotation of the real body is the same rotation of the predicted one
             q = slice(row, row + 4)
             rotation = torch.einsum("ijb,ib->jb", _body_axes(real[q]), grad_qpos[q])
             grad_qpos[q] = torch.einsum("ijb,jb->ib", _body_axes(predicted[q]), rotation)
-        return grad_qpos, grad_qvel, None, None, None
+        return torch.where(used, grad_qpos, 0.0), grad_qvel, None, None, None
 
 
 def motions(model: Model, qpos: Tensor) -> Tensor:
@@ -199,4 +200,6 @@ class Linearised(torch.autograd.Function):
         rows = torch.einsum("kib,ib->kb", jacobian, gradient)
         of_dofs, of_qvel, of_ctrl = rows[:nv], rows[nv : 2 * nv], rows[2 * nv :]
         dual = directions / directions.square().sum(1, keepdim=True)  # a quaternion's motions are half as long
-        return torch.einsum("kib,kb->ib", dual, of_dofs), of_qvel, of_ctrl, None, None, None, None
+        used = (gradient != 0).any(0)  # what exploded may hold inf, and 0 * inf is NaN
+        grads = torch.einsum("kib,kb->ib", dual, of_dofs), of_qvel, of_ctrl
+        return *(torch.where(used, grad, 0.0) for grad in grads), None, None, None, None

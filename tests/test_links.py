@@ -253,3 +253,37 @@ def test_a_humanoid_whose_limbs_touch(tmp_path):
     action = torch.zeros(2, env.model.nu, requires_grad=True)
     env.step(action)[1].sum().backward()
     assert len(env.model.links.index[0]) == 36 and torch.isfinite(action.grad).all()
+
+
+GRIPPER = WORLD.format(
+    '<body><joint name="palm" type="slide" axis="0 0 1"/><geom size=".02" contype="0" conaffinity="0"/>'
+    '<body pos="-.1 0 0"><joint type="slide" axis="1 0 0"/><geom name="left" size=".03" mass=".1"/></body>'
+    '<body pos=".1 0 0"><joint type="slide" axis="1 0 0"/><geom name="right" size=".03" mass=".1"/></body></body>'
+    + FREE.format("ball", "0 .01 0", 0.2, 'size=".04"'),
+    g=0, end="",
+)  # fmt: skip
+
+
+def test_fingers_that_slide_on_a_sliding_palm():
+    """Slides below a slide: the links of one tree, and one origin."""
+    model = load(GRIPPER)
+    qpos = torch.tensor([0.3, 0.04, -0.04, 0, 0.01, 0.3, 1, 0, 0, 0]).double()[:, None]
+    qvel = torch.tensor([0.2, 0.5, -0.3, 0, 0, 0, 1, 2, 3]).double()[:, None]
+    gap, _ = contact_points(model, qpos, qvel)
+    data = mujoco.MjData(model.mj_model)
+    data.qpos[:] = qpos[:, 0]
+    mujoco.mj_forward(model.mj_model, data)
+    touching = sorted(float(x) for x in gap.flatten() if x < 0)
+    assert touching == pytest.approx(sorted(c.dist for c in data.contact), abs=1e-6) and len(touching) == 2
+    assert_is_the_dense_equation(model, qpos, qvel, torch.zeros(9, 1).double())
+
+
+def test_fingers_of_a_sliding_palm_stop_each_other():
+    model = load(GRIPPER.replace('name="ball"', 'name="ball" contype="0" conaffinity="0"', 2).replace(
+        'body name="ball" contype="0" conaffinity="0"', 'body name="ball"'))  # fmt: skip
+    qpos, qvel = torch.tensor(model.mj_model.qpos0)[:, None], torch.zeros(9, 1).double()
+    qvel[1:3, 0], closest = torch.tensor([1.0, -1.0]), 0.0
+    for _ in range(150):
+        qpos, qvel = diffsim.step(model, qpos, qvel, torch.zeros(0, 1).double())
+        closest = max(closest, float(qpos[1] - qpos[2]))
+    assert 0.14 < closest < 0.16 and qvel[1] < 0 < qvel[2]  # at 0.14 they touch, and bounce

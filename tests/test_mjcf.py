@@ -378,3 +378,19 @@ def test_what_is_no_mjcf_is_one_line(xml, capfd):
     with pytest.raises(ValueError, match="cannot read MJCF") as error:
         load_model(xml)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300 and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kv, warns", [(0.5, False), (3, True)])
+def test_a_servo_that_will_explode_is_warned_of(kv, warns):
+    """A substep of 2 ms, 1.4 g m^2 about the joint: stable below kv of 1."""
+    xml = f"""<mujoco><option timestep=".002" gravity="0 0 0"/><worldbody><body><joint name="elbow" axis="0 1 0"/>
+    <geom size=".05" pos="0 0 .1" mass=".1"/></body></worldbody><actuator><position joint="elbow" kp="50" kv="{kv}"
+    ctrlrange="-1 1"/></actuator></mujoco>"""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = diffsim.load_model(xml, dtype=torch.float64)
+    assert [str(w.message).split(" is too")[0] for w in said] == ["the servo of joint 'elbow'"] * warns
+    qpos, qvel = torch.tensor([[0.3]]).double(), torch.zeros(1, 1).double()
+    for _ in range(200):
+        qpos, qvel = diffsim.step(model, qpos, qvel, torch.zeros(1, 1).double())
+    assert bool((qpos.abs() < 1).all()) != warns  # NaN is not

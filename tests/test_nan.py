@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+import diffsim
 from diffsim.run import PATIENCE, Run
 from tests import ROOT, SCRIPTS, WINDOWS
 from tests.test_scripts import small
@@ -229,3 +230,16 @@ def test_a_policy_of_finite_parameters_whose_action_is_not(run, monkeypatch):
     code, said, folder = run(SHAC)
     assert code == 1 and "iteration 6: the policy's action is not finite" in said[-1], said
     assert_good(folder)
+
+
+@pytest.mark.parametrize("derivative", ["diffsim", "mujoco"])
+def test_on_mujoco_an_action_that_is_not_a_number_leaves_the_gradient_before_it(derivative):
+    """Of a robot with a quaternion, whose rotation is turned into another's: 0 * NaN is NaN."""
+    env = diffsim.make("ant", 2, physics="mujoco", derivative=derivative, compile=False, seed=1)
+    env.reset()
+    action = torch.zeros(2, 8, requires_grad=True)
+    reward = env.step(action)[1]
+    with pytest.warns(UserWarning, match="action of environment 0 is not finite"):
+        after = env.step(torch.tensor([[torch.nan] * 8, [0.0] * 8]))[1]
+    (reward + after).sum().backward()
+    assert bool(action.grad.isfinite().all()) and bool((action.grad != 0).any(1).all())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import diffsim
+from diffsim import codegen
 from diffsim.contact import friction_weight, normal_law
 from diffsim.dynamics import actuator_force, contact_points, forward_substep, integrate, solve
 from diffsim.forces import assemble, residual
@@ -385,3 +386,25 @@ def test_gradcheck_of_every_stage(source):
         check(lambda g, s: normal_law(g, s, 1500.0, 5.0, 0.003, 0.004, release), gap, u + 0.01)  # noqa: B023
     force = torch.linspace(0.1, 5, 9).double().requires_grad_()
     check(lambda f, x, y: friction_weight(f, x * x + y * y, 0.8, 0.02, 0.004), force, u, gap)
+
+
+def test_a_point_that_slides_has_a_gradient_and_can_be_compiled():
+    """Nothing in its step depends on where it is."""
+    xml = """<mujoco><worldbody><body><joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide"
+    axis="0 1 0"/><geom size=".1" mass="1"/></body></worldbody><actuator><motor joint="x"/><motor joint="y"/></actuator>
+    </mujoco>"""
+    model = diffsim.load_model(xml, dtype=torch.float64)
+    qpos, ctrl = torch.zeros(2, 1).double(), torch.ones(2, 1, requires_grad=True, dtype=torch.float64)
+    new, _ = diffsim.step(model, qpos, torch.zeros(2, 1).double(), ctrl)
+    (gradient,) = torch.autograd.grad(new.sum(), ctrl)
+    torch.testing.assert_close(gradient, torch.full((2, 1), model.timestep**2).double())
+    assert codegen.generate(model, False)
+
+
+def test_a_sphere_within_another_counts_where_their_friction_differs():
+    geoms = '<geom size=".1" friction="1" condim="{}"/><geom size=".1" mass="0" friction="{}" condim="{}"/>'
+    xml = """<mujoco><worldbody><geom type="plane" size="1 1 1" condim="1"/><body pos="0 0 .1"><freejoint/>{}</body>
+    </worldbody></mujoco>"""
+    alike = diffsim.load_model(xml.format(geoms.format(3, 1, 3)))
+    other = diffsim.load_model(xml.format(geoms.format(1, 1, 3)))
+    assert (len(alike.contact_names), len(other.contact_names)) == (1, 2)
