@@ -115,6 +115,7 @@ ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient i
 # keeps actions from where tanh is flat. benchmarks/trials.md has the trials.
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
 LIVELY = dict(entropy_coef=0.02, policy_average=0.98)
+FALLS = ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5, score_share=1.0)
 LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, stiffer contacts
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
@@ -130,9 +131,8 @@ DEFAULTS = {
     "walker": dict(actor_learning_rate=1e-3), "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=4),
-    "Hopper-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5, score_share=1.0),
+    "Hopper-v5": ON_MUJOCO | FALLS, "Humanoid-v5": ON_MUJOCO | FALLS | BIG_CRITIC | dict(total_timesteps=1_000_000),
     "Walker2d-v5": ON_MUJOCO | LEGGED | ESTIMATOR | LIVELY | dict(kl_coef=0.5),
-    "Humanoid-v5": ON_MUJOCO | BIG_CRITIC | ESTIMATOR | LIVELY | dict(horizon=8),
 }  # fmt: skip
 
 
