@@ -278,7 +278,7 @@ def singular_values(net):
 
 def test_spectral_norm_after_training(tmp_path):
     flags = "--batch-size 64 --model-learning-rate 3e-4 --actor-hidden 64 64 64 --power-iterations 50".split()
-    flags += ["--stop-after", 150]
+    flags += ["--stop-after", 60]
     run_script("rp_pgm_mb.py", "--env", "Pendulum-v1", *TINY, *flags, "--run-dir", tmp_path)
     checkpoint = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
     args = rp.Args(**checkpoint["args"])
