@@ -5,9 +5,10 @@ from diffsim.program import start
 
 if __name__ == "__main__":
     start()
-    print(f"{'env':14s} {'obs':>4s} {'act':>4s} {'control step':>13s} {'substeps':>9s} {'episode':>8s}  physics")
+    print(f"{'env':14s} {'obs':>4s} {'act':>4s} {'control step':>13s} {'substeps':>9s} {'episode':>8s}  physics   task")
     for name, task in diffsim.TASKS.items():
         env = diffsim.make(name, compile=False)
         obs, act = env.single_observation_space.shape[0], env.single_action_space.shape[0]
         step = f"1/{1 / env.control_dt:.0f} s"
-        print(f"{name:14s} {obs:4d} {act:4d} {step:>13s} {env.substeps:9d} {env.max_episode_steps:8d}  {task.physics}")
+        numbers = f"{obs:4d} {act:4d} {step:>13s} {env.substeps:9d} {env.max_episode_steps:8d}"
+        print(f"{name:14s} {numbers}  {task.physics:9s} {task.__doc__ or ''}")

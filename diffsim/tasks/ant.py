@@ -7,6 +7,8 @@ from diffsim.tasks.base import GYMNASIUM_ASSETS, FloatingRunner
 
 
 class Ant(FloatingRunner):
+    """Four legs run."""
+
     xml = GYMNASIUM_ASSETS / "ant.xml"
     start_height = 0.75
     start_joints = (0.0, 1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 1.0)

@@ -8,6 +8,8 @@ from diffsim.tasks.base import ASSETS, FloatingRunner
 
 
 class Anymal(FloatingRunner):
+    """A four-legged robot runs."""
+
     xml = ASSETS / "anymal.xml"
     start_height = 0.62
     start_joints = (0.03, 0.4, -0.8, -0.03, 0.4, -0.8, 0.03, -0.4, 0.8, -0.03, -0.4, 0.8)

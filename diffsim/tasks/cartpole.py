@@ -6,6 +6,8 @@ from diffsim.tasks.base import ASSETS, Task, uniform
 
 
 class Cartpole(Task):
+    """A pole is swung up and balanced."""
+
     xml = ASSETS / "cartpole.xml"
     max_episode_steps = 240
 

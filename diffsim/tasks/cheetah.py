@@ -4,6 +4,8 @@ from diffsim.tasks.base import GYMNASIUM_ASSETS, PlanarRunner
 
 
 class Cheetah(PlanarRunner):
+    """Two legs gallop, in a plane."""
+
     xml = GYMNASIUM_ASSETS / "half_cheetah.xml"
     noise = 0.1
     speed_noise = 0.25

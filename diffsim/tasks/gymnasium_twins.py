@@ -76,6 +76,8 @@ class GymnasiumTwin(Task):
 
 
 class AntV5(GymnasiumTwin):
+    """Gymnasium's Ant."""
+
     xml = GYMNASIUM_ASSETS / "ant.xml"
     gymnasium_kwargs = dict(include_cfrc_ext_in_observation=False)
     frame_skip, timestep = 5, 0.01
@@ -88,6 +90,8 @@ class AntV5(GymnasiumTwin):
 
 
 class HopperV5(GymnasiumTwin):
+    """Gymnasium's Hopper."""
+
     xml = GYMNASIUM_ASSETS / "hopper.xml"
     frame_skip, timestep = 4, 0.002
     healthy_reward, ctrl_cost = 1.0, 1e-3
@@ -100,6 +104,8 @@ class HopperV5(GymnasiumTwin):
 
 
 class HalfCheetahV5(GymnasiumTwin):
+    """Gymnasium's HalfCheetah."""
+
     xml = GYMNASIUM_ASSETS / "half_cheetah.xml"
     frame_skip, timestep = 5, 0.01
     ctrl_cost = 0.1
@@ -107,6 +113,8 @@ class HalfCheetahV5(GymnasiumTwin):
 
 
 class Walker2dV5(GymnasiumTwin):
+    """Gymnasium's Walker2d."""
+
     xml = GYMNASIUM_ASSETS / "walker2d_v5.xml"
     frame_skip, timestep = 4, 0.002
     healthy_reward, ctrl_cost = 1.0, 1e-3
@@ -118,6 +126,8 @@ class Walker2dV5(GymnasiumTwin):
 
 
 class HumanoidV5(GymnasiumTwin):
+    """Gymnasium's Humanoid."""
+
     xml = GYMNASIUM_ASSETS / "humanoid.xml"
     gymnasium_kwargs = {f"include_{x}_in_observation": False for x in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
     frame_skip, timestep = 5, 0.003

@@ -17,6 +17,8 @@ CUBE, GOAL = slice(16, 23), slice(23, 30)  # rows of qpos: position, quaternion
 
 
 class Hand(Task):
+    """A hand catches a cube and turns it to goals."""
+
     xml = ASSETS / "hand.xml"
     control_dt = 1 / 120
     max_episode_steps = 600

@@ -6,6 +6,8 @@ from diffsim.tasks.base import GYMNASIUM_ASSETS, PlanarRunner
 
 
 class Hopper(PlanarRunner):
+    """One leg hops."""
+
     xml = GYMNASIUM_ASSETS / "hopper.xml"
     standing = 1.25  # m, height of the torso in the initial pose
     crouch = 0.3  # m below it: the height reward turns steeply negative

@@ -10,6 +10,8 @@ from diffsim.tasks.base import ASSETS, FloatingRunner
 
 
 class Humanoid(FloatingRunner):
+    """A body with arms runs on two legs."""
+
     xml = ASSETS / "humanoid.xml"
     start_height = 1.35
     start_joints = (0.0,) * 21

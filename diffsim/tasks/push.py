@@ -28,6 +28,8 @@ XML = """<mujoco model="push">
 
 
 class Push(Task):
+    """An arm pushes a ball to a goal."""
+
     xml = XML
     max_episode_steps = 180
     collisions = True

@@ -5,4 +5,6 @@ from diffsim.tasks.hopper import Hopper
 
 
 class Walker(Hopper):
+    """Two legs walk, in a plane."""
+
     xml = GYMNASIUM_ASSETS / "walker2d_v5.xml"
