@@ -4,8 +4,8 @@
 2. Estimate the advantage of every action by GAE (Schulman et al. 2016, arXiv 1506.02438).
 3. For some epochs of minibatches: improve policy and critic on the clipped score-function surrogate (eq. 7).
 
-The same tasks, networks and logs as shac.py and rpo_diffsim.py. Runs on diffsim's tasks, on the same tasks with
-MuJoCo's physics, and on any Gymnasium environment of continuous actions.
+The same tasks and policy layers as in shac.py and rpo_diffsim.py, but one critic, and actions are clipped where theirs
+go through tanh. Runs on diffsim's tasks, on MuJoCo's physics, and on Gymnasium's environments of continuous actions.
 
     python ppo_baseline.py --env ant
     python ppo_baseline.py --env Hopper-v5                        # Gymnasium's task, many at a time on MuJoCo
@@ -79,7 +79,7 @@ class Args(RunArgs):
     norm_obs: bool = True
     """normalise observations by their running mean and variance, and clip them to 10 deviations"""
     norm_reward: bool = True
-    """divide rewards by the running standard deviation of the discounted return"""
+    """divide rewards by the running standard deviation of the discounted return, and clip them at 10"""
     actor_hidden: Layers = (128, 64, 32)
     """hidden layers of the policy"""
     critic_hidden: Layers = (64, 64)

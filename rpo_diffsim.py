@@ -6,7 +6,7 @@
    importance ratio, leave it out where the ratio is out of range (eq. 11), and stay near the old policy (eq. 12-14).
 3. Fit the critics to TD(lambda) targets of the same window (SHAC, eq. 6-7); go on from where the environments are.
 
-With one epoch this is SHAC: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper; CleanRL's RPO is another.
+One epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper. CleanRL's RPO is another.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
     python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
@@ -51,7 +51,7 @@ class Args(PhysicsArgs):
     stagger: bool = True
     """begin the first episodes at random times, so that later ones do not all end in the same step"""
     update_epochs: Few = 5
-    """M, policy updates on a window's action-gradients; 1 makes it SHAC"""
+    """M, policy updates on a window's action-gradients; with 1 the first gradient, SHAC's, is all"""
     clip_coef: tuple[Clip] | tuple[Clip, Clip] = (0.8, 1.0)
     """a sample whose importance ratio leaves [1 - the first, 1 + the last] leaves its dR/du out (inf: none does)"""
     kl_coef: Weight = 0.25
@@ -61,7 +61,7 @@ class Args(PhysicsArgs):
     actor_learning_rate: Rate = 2e-3
     """initial learning rate of the policy; falls to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
     critic_learning_rate: Rate = 1e-3
-    """initial learning rate of the critics; falls to min_learning_rate"""
+    """initial learning rate of the critics; falls to min_learning_rate (RPO's paper: 5e-4)"""
     min_learning_rate: Weight = 1e-5
     """learning rate at the end"""
     learning_rate_decay: Literal["linear", "exponential"] = "linear"
@@ -77,7 +77,7 @@ class Args(PhysicsArgs):
     max_action_grad_norm: Norm = float("inf")
     """then scale those of a sample down to this norm: none outshouts the rest where contacts are stiff"""
     score_share: Weight = 0.0
-    """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
+    """not the papers': add PPO's gradient, which no derivative of physics enters, scaled to this share of the norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     policy_average: Decay = 0.0
@@ -87,7 +87,7 @@ class Args(PhysicsArgs):
     gae_lambda: Fraction = 0.95
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
-    """share of the target critics that is kept at each window"""
+    """share of the target critics that is kept at each window (SHAC's paper: 0.2, RPO's 0.8)"""
     normalize_returns: bool = False
     """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Few = 2
@@ -111,8 +111,8 @@ class Args(PhysicsArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient is noisier: smaller steps
-# Beyond the paper: dR/du that varies less; PPO's gradient, whose variance stiff contacts do not raise; and a bonus that
-# keeps actions from where tanh is flat. benchmarks/trials.md has the trials.
+# Beyond the paper: dR/du that varies less, and PPO's gradient, whose variance stiff contacts do not raise. The paper's
+# bonus keeps actions from where tanh is flat; an averaged policy is not the paper's. benchmarks/trials.md has trials.
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
 LIVELY = dict(entropy_coef=0.02, policy_average=0.98)
 FALLS = ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5, score_share=1.0)
@@ -166,7 +166,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Values V(obs), one network or several, each of returns scaled to mean 0 and deviation 1."""
+    """Values V(obs) of one network or several; each network's own output is scaled to mean 0 and deviation 1."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -219,7 +219,7 @@ def td_lambda(rewards, next_values, terminated, truncated, gamma: float, lam: fl
     With lam = 1 they are the discounted returns up to the episode's end, or the window's and its value (eq. 5).
     """
     targets, after = [], next_values[-1]
-    closes = torch.ones_like(terminated[-1])  # the window ends here, or the episode does: nothing follows
+    closes = torch.ones_like(terminated[-1])  # the window or the episode ends here: the sum takes V, and no more
     for t in reversed(range(len(rewards))):
         closes = closes | terminated[t] | truncated[t]
         following = torch.where(closes, next_values[t], (1 - lam) * next_values[t] + lam * after)
@@ -237,7 +237,7 @@ def sum_of_starts(returns, terminated, truncated):
 
 
 def squashed_entropy(policy: Normal, u):
-    """Entropy (...,) of tanh(u), u (..., act_dim) a sample of the policy: exact up to the tanh's share."""
+    """Entropy (...,) of tanh(u), u (..., act_dim) a sample of the policy: exact but for the tanh, which u estimates."""
     log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
     return (policy.entropy() + log_slope).sum(-1)
 
@@ -245,7 +245,7 @@ def squashed_entropy(policy: Normal, u):
 def action_gradients(returns, us, terminated, truncated, lam: float):
     """g = dR/du of every sample (H, N, act_dim), from one backward pass of the TD(lam) returns (H, N) at their starts.
 
-    There step c of an episode weighs lam^c, by which it is divided (GI-PPO, Son et al. 2023, arXiv 2312.08710, eq. 15).
+    Step c after a start weighs (gamma lam)^c there, less lam^c here (GI-PPO, Son et al. 2023, arXiv 2312.08710, eq. 15)
     """
     weight, gradients = torch.ones_like(returns[:1, :, None]), []
     for g, ended in zip(grad(sum_of_starts(returns, terminated, truncated), us), terminated | truncated):
@@ -255,14 +255,14 @@ def action_gradients(returns, us, terminated, truncated, lam: float):
 
 
 def rpo_surrogate(policy: Normal, u, old_log_prob, g, clip_low: float, clip_high: float):
-    """ratio <g, u'> of each sample whose importance ratio is in range, else 0 (eq. 11); the ratio; is it: all (...,).
+    """ratio <g, u'> of each sample whose importance ratio is in range, else 0 (eq. 11); the ratio; is it: (...,).
 
     u' = mean + std noise is the old u as a number, with the new policy's gradient: its noise is regenerated (eq. 10).
     A sample out of range contributes nothing, whatever its gradient. The Jacobian of tanh cancels in the ratio.
     """
     regenerated = policy.mean + policy.stddev * ((u - policy.mean) / policy.stddev).detach()
     ratio = (policy.log_prob(u).sum(-1) - old_log_prob).exp().detach()
-    inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high)
+    inside = (ratio >= 1 - clip_low) & (ratio <= 1 + clip_high) & (ratio < math.inf)
     return torch.where(inside, ratio, 0.0) * (g * regenerated).sum(-1), ratio, inside  # outside it may be infinite
 
 

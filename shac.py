@@ -6,7 +6,7 @@
 3. Fit the critics to TD(lambda) targets of the same window (SHAC, eq. 6-7); go on from where the environments are.
 
 With entropy in the rewards, a learned temperature and two critics without target networks this is SAPO (Xing et al.,
-ICLR 2025, arXiv 2412.12089). With several updates of a window it is RPO: `diff shac.py rpo_diffsim.py`.
+ICLR 2025, arXiv 2412.12089; its targets are of the critics' least). RPO is what `diff shac.py rpo_diffsim.py` says.
 
     python shac.py --env ant                                 # trains in minutes on a laptop's CPU
     python shac.py --env ant --entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 \
@@ -54,7 +54,7 @@ class Args(PhysicsArgs):
     actor_learning_rate: Rate = 3e-3
     """initial learning rate of the policy; falls to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
     critic_learning_rate: Rate = 1e-3
-    """initial learning rate of the critics; falls to min_learning_rate"""
+    """initial learning rate of the critics; falls to min_learning_rate (RPO's paper: 5e-4)"""
     min_learning_rate: Weight = 1e-5
     """learning rate at the end"""
     learning_rate_decay: Literal["linear", "exponential"] = "linear"
@@ -64,7 +64,7 @@ class Args(PhysicsArgs):
     adam_betas: tuple[Decay, Decay] = (0.7, 0.95)
     """decay of Adam's first and second moment"""
     score_share: Weight = 0.0
-    """add PPO's gradient, which needs no derivative of physics, scaled to this share of the other's norm"""
+    """not the papers': add PPO's gradient, which no derivative of physics enters, scaled to this share of the norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     policy_average: Decay = 0.0
@@ -74,7 +74,7 @@ class Args(PhysicsArgs):
     gae_lambda: Fraction = 0.95
     """lambda of the TD(lambda) targets"""
     target_alpha: Fraction = 0.2
-    """share of the target critics that is kept at each window"""
+    """share of the target critics that is kept at each window (SHAC's paper: 0.2, RPO's 0.8)"""
     normalize_returns: bool = False
     """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Few = 2
@@ -152,7 +152,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Values V(obs), one network or several, each of returns scaled to mean 0 and deviation 1."""
+    """Values V(obs) of one network or several; each network's own output is scaled to mean 0 and deviation 1."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -205,7 +205,7 @@ def td_lambda(rewards, next_values, terminated, truncated, gamma: float, lam: fl
     With lam = 1 they are the discounted returns up to the episode's end, or the window's and its value (eq. 5).
     """
     targets, after = [], next_values[-1]
-    closes = torch.ones_like(terminated[-1])  # the window ends here, or the episode does: nothing follows
+    closes = torch.ones_like(terminated[-1])  # the window or the episode ends here: the sum takes V, and no more
     for t in reversed(range(len(rewards))):
         closes = closes | terminated[t] | truncated[t]
         following = torch.where(closes, next_values[t], (1 - lam) * next_values[t] + lam * after)
@@ -223,7 +223,7 @@ def sum_of_starts(returns, terminated, truncated):
 
 
 def squashed_entropy(policy: Normal, u):
-    """Entropy (...,) of tanh(u), u (..., act_dim) a sample of the policy: exact up to the tanh's share."""
+    """Entropy (...,) of tanh(u), u (..., act_dim) a sample of the policy: exact but for the tanh, which u estimates."""
     log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
     return (policy.entropy() + log_slope).sum(-1)
 

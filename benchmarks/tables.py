@@ -198,7 +198,6 @@ IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
 ON_MUJOCO = "physics != 'diffsim' and tag in ['', 'mujoco', 'gymnasium'] and algorithm != 'RP-PGM'"
 AGAINST = "(script == 'opponents' or physics == 'mujoco' and gymnasium and algorithm in ['RPO', 'PPO'] and tag == '')"
 CHANGED = "env == 'ant' and physics == 'diffsim' and (tag.str.startswith('1M') or tag in ['', 'paper'])"
-SHARED = "physics == 'mujoco' and env in ['hopper', 'walker', 'HalfCheetah-v5'] and tag in ['', 'mujoco', 'no-score']"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant
     "learning": (f"{IN_DIFFSIM} and env != 'hand'", f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
@@ -218,8 +217,8 @@ VARIANTS = {  # tables of by_variant
         "SHAC in these minutes, SAPO in these minutes, PPO in these minutes, share of SHAC's steps",
     ),
     "ablation": (
-        f"algorithm == 'RPO' and ({CHANGED} or {SHARED})",
-        "task, engine, setting, steps, seeds, return, KL, inside the clip range, std of its noise",
+        f"algorithm == 'RPO' and {CHANGED}",
+        "setting, steps, seeds, return, KL, inside the clip range, std of its noise",
     ),
     "trials": ("seed > 100", "task, algorithm, trial, setting, seed, steps, evaluations, minutes"),
     "model": (

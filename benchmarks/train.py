@@ -38,17 +38,17 @@ ALGORITHMS = {"rpo_diffsim": "RPO", "shac": "SHAC", "ppo_baseline": "PPO", "rp_p
 CURVES = ["global_step", "wall_time_s", "episodic_return", "eval_return", "norm_before_clip", "kl"]
 EPISODES, EPISODES_TO_FALL, POINTS = 10, 64, 200  # points of a curve
 
-SAPO = (  # as in the first lines of shac.py
-    "--entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 --no-target-critic --activation silu "
-    "--weight-decay 0.01 --max-grad-norm 0.5"
-)
+SAPO = "--entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 --no-target-critic "
+SAPO += "--activation silu --weight-decay 0.01 --max-grad-norm 0.5"  # as in the first lines of shac.py
 IDS, ON_MUJOCO = "HalfCheetah-v5 Walker2d-v5 Hopper-v5 Ant-v5 Humanoid-v5", "--physics mujoco"
+PPO_ON_MUJOCO = f"{ON_MUJOCO} --log-std-init -1 --total-timesteps 4000000"
 PLAN = [  # what --all runs, in this order: tasks, scripts, number of seeds, tag, flags
     (IDS, "rpo_diffsim", 5, "", ""),
     ("hopper walker ant", "rpo_diffsim", 5, "mujoco", ON_MUJOCO),
     ("anymal cheetah humanoid cartpole", "rpo_diffsim", 3, "mujoco", ON_MUJOCO),
     (IDS, "ppo_baseline", 3, "", ""),
-    ("hopper walker ant anymal cheetah humanoid cartpole", "ppo_baseline shac", 3, "mujoco", ON_MUJOCO),
+    ("hopper walker ant anymal cheetah humanoid cartpole", "shac", 3, "mujoco", ON_MUJOCO),
+    ("hopper walker ant anymal cheetah humanoid cartpole", "ppo_baseline", 3, "mujoco", PPO_ON_MUJOCO),
     ("ant anymal humanoid hopper", "rpo_diffsim shac ppo_baseline", 5, "", ""),
     ("ant anymal humanoid hopper", "shac", 5, "sapo", SAPO),
     ("walker cheetah cartpole hand", "rpo_diffsim shac ppo_baseline", 3, "", ""),

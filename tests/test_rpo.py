@@ -1,6 +1,7 @@
 """rpo_diffsim.py: the surrogate against SHAC, a naive gradient and a closed form; the script as a user runs it."""
 
 import copy
+import math
 import runpy
 from unittest import mock
 
@@ -278,3 +279,11 @@ def test_rpo_learns(arm, tmp_path):
     """See test_shac_learns_a_task_from_a_file."""
     flags = "--horizon 6 --total-timesteps 46080 --critic-epochs 6 --actor-learning-rate 5e-3".split()
     assert learned("rpo_diffsim.py", arm, tmp_path, *flags) > -26
+
+
+def test_without_a_clip_an_overflowing_ratio_is_left_out():
+    policy, u = Normal(torch.zeros(2, 1), torch.full((2, 1), 0.1)), torch.tensor([[0.0], [0.1]])
+    old_log_prob = torch.tensor([-1e4, 0.5])
+    surrogate, ratio, inside = rpo.rpo_surrogate(policy, u, old_log_prob, torch.ones(2, 1), math.inf, math.inf)
+    assert ratio[0] == math.inf and inside.tolist() == [False, True]
+    assert surrogate[0] == 0 and float(surrogate[1]) == pytest.approx(0.1 * float(ratio[1]))
