@@ -131,7 +131,7 @@ DEFAULTS = {
     "walker": dict(actor_learning_rate=1e-3), "humanoid on mujoco": dict(max_action_grad_norm=3.0),
     "Ant-v5": ON_MUJOCO | BIG_CRITIC | dict(num_envs=512, horizon=4),
     "HalfCheetah-v5": ON_MUJOCO | ESTIMATOR | LIVELY | dict(horizon=4),
-    "Hopper-v5": ON_MUJOCO | FALLS, "Humanoid-v5": ON_MUJOCO | FALLS | BIG_CRITIC | dict(total_timesteps=1_000_000),
+    "Hopper-v5": ON_MUJOCO | FALLS, "Humanoid-v5": ON_MUJOCO | FALLS | BIG_CRITIC,
     "Walker2d-v5": ON_MUJOCO | LEGGED | ESTIMATOR | LIVELY | dict(kl_coef=0.5),
 }  # fmt: skip
 
