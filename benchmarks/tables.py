@@ -210,7 +210,7 @@ VARIANTS = {  # tables of by_variant
         f"{IN_DIFFSIM} and env == 'hand'",
         f"{BASIC}, goals reached, goals on MuJoCo, return of 64, falls in 64, past a stop (rad)",
     ),
-    "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9]+M') and tag != '1M'", f"{BASIC}, engine, on MuJoCo"),
+    "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9]+M') and (tag != '1M' or gymnasium)", f"{BASIC}, engine, on MuJoCo"),
     "equal_time": (
         f"({IN_DIFFSIM} or {ON_MUJOCO}) and algorithm == 'RPO'",
         "task, engine, steps, while training, SHAC in these steps, SAPO in these steps, PPO in these steps, "
