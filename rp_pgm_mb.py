@@ -214,10 +214,12 @@ class Model(nn.Module):
         """Squared errors of next observation and reward; cross entropy of termination: E[loss of a step that goes on]
         + share * E[loss of one that ends]. Those are one of hundreds, so `ends` is a batch of them alone."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
-        state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
-        reward, logit = self.outcome(z, action, z_next)
+        change = self.dynamics(torch.cat([z, action], -1))
+        state_loss = (change - (z_next - z) / self.change).square().mean()
+        reward, logit = self.outcome(z, action, (z + self.change * change).detach())
         reward_loss = ((reward - batch["reward"]) / self.reward[1]).square().mean()
-        _, end_logit = self.outcome(ends["z"], torch.tanh(ends["u"]), ends["z_next"])
+        action = torch.tanh(ends["u"])
+        _, end_logit = self.outcome(ends["z"], action, self.step(ends["z"], action).detach())
         not_ended = torch.where(batch["terminated"], 0.0, nn.functional.softplus(-logit)).mean()
         return state_loss, reward_loss, not_ended + share * nn.functional.softplus(end_logit).mean()
 
@@ -435,7 +437,7 @@ if __name__ == "__main__":
     def policy_gradient(gradient, segment, noise, alpha):
         segment = normalized(normalizer, segment)
         value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
-        return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
+        return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor)
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
@@ -490,7 +492,7 @@ if __name__ == "__main__":
             run.mean({
                 "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/q_value": q_value,
                 "losses/state_loss": losses[0], "losses/reward_loss": losses[1], "losses/termination_loss": losses[2],
-                "losses/entropy": entropy, "grad/norm_before_clip": grad_norm, "grad/nonfinite": ~grad_norm.isfinite(),
+                "losses/entropy": entropy, "grad/norm_before_clip": grad_norm, "grad/norm_square": grad_norm**2, "grad/nonfinite": ~grad_norm.isfinite(),
             })  # fmt: skip
 
         # --- log and evaluate ------------------------------------------------------------------------------------
