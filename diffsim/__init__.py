@@ -72,8 +72,6 @@ def make(
         raise ValueError(f"unknown derivative '{derivative}'; there is {', '.join(PHYSICS[:2])}")
     if derivative == "mujoco" != physics:
         raise ValueError(f"derivative mujoco is of MuJoCo's step: use physics mujoco, not {physics}")
-    if derivative == "mujoco" and (stiffness, smoothing) != (None, None):
-        raise ValueError("stiffness and smoothing are of diffsim's contacts, which derivative mujoco does not use")
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):

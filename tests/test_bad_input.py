@@ -291,7 +291,6 @@ make("ant", 10**13, compile=False) | num_envs
 make("ant", physics="bullet") | unknown physics 'bullet'
 make("ant", derivative="mujoco") | use physics mujoco, not diffsim
 make("ant", physics="mujoco", derivative=None) | unknown derivative
-make("ant", physics="mujoco", derivative="mujoco", smoothing=2) | of diffsim's contacts, which derivative mujoco does
 make("ant", physics=3) | unknown physics
 make("ant", physics="gymnasium") | ant is no Gymnasium environment
 make("ant", device="tpu") | unknown device 'tpu'
