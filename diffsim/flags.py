@@ -266,5 +266,6 @@ def load(path: str, flag: str = "--resume", by: str | None = None) -> dict:
     except Exception as e:
         fail(f"{flag} {file}: not a readable checkpoint ({type(e).__name__})")
     if writer != (by or script()) and flag != "--init-from":  # networks either fit or do not
-        fail(f"{flag} {path}: a checkpoint of {writer}.py")
+        more = "; that script goes on with it, --init-from takes its networks" if flag == "--resume" else ""
+        fail(f"{flag} {path}: a checkpoint of {writer}.py{more}")
     return checkpoint

@@ -227,7 +227,7 @@ def main():
                 continue
             print(f"{key:16s} {x.mean():10.3f} +- {x.std():.3f}   [{x.min():.3f}, {x.max():.3f}] {unit}")
         if args.video:
-            print(f"drawing {len(result['qpos'])} frames: a minute or two without a GPU", flush=True)
+            print(f"drawing the first episode, {len(result['qpos'])} frames: a minute or two without a GPU", flush=True)
             film(env, result["qpos"], args.video)
             print(f"wrote {args.video}, and a strip of frames beside it as .png")
     except ValueError as e:

@@ -112,7 +112,7 @@ shac.py --env "" | unknown env ''
 shac.py --env ANT | unknown env 'ANT'
 shac.py --env nowhere.py:Task | no file nowhere.py
 shac.py --env {folder}:Task | no file
-shac.py --env {tasks} | unknown env
+shac.py --env {tasks} | is a file; name the class in it, {tasks}:MyTask
 shac.py --env {tasks}: | no class
 shac.py --env {tasks}:Nothing | has no class Nothing that derives from diffsim.Task
 shac.py --env {tasks}:torch | has no class torch

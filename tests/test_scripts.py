@@ -355,7 +355,8 @@ def test_a_fork_has_its_own_name(script, tmp_path, refused):
     assert torch.load(ours / "checkpoint.pt", weights_only=True)["script"] == "my_idea"
     assert (
         refused(fork, "--resume", theirs, "--stop-after", 1)
-        == f"my_idea.py: --resume {theirs}: a checkpoint of {script}"
+        == f"my_idea.py: --resume {theirs}: a checkpoint of {script}; "
+        "that script goes on with it, --init-from takes its networks"
     )
     assert "a checkpoint of my_idea.py" in refused(script, "--resume", ours, "--stop-after", 1)
 

@@ -46,6 +46,8 @@ def find_task(name: str) -> Task:
     """
     file, _, cls = name.rpartition(":")
     if not file:
+        if name.endswith(".py"):
+            raise ValueError(f"env '{name}' is a file; name the class in it, {name}:MyTask")
         if name not in TASKS:
             like = nearest(name)
             if is_gymnasium_id(name):
