@@ -142,9 +142,8 @@ class Run:
                 try:
                     part.load_state_dict(checkpoint[name])
                 except (KeyError, RuntimeError, TypeError, AttributeError) as e:
-                    why = str(e).strip().splitlines()[:2][-1].strip() if name in checkpoint else "there is none"
-                    fits = f"does not fit observations, actions and layers here: {why.split(': copying')[0][:120]}"
-                    fail(f"--init-from {self.args.init_from}: its {name} {fits}")
+                    why = str(e).split("\n")[:2][-1].split(": copying")[0].strip() if name in checkpoint else "none"
+                    fail(f"--init-from {self.args.init_from}: its {name} does not fit this task and layers: {why}")
 
     def _load(self, checkpoint: dict) -> list[dict]:
         """The state of a checkpoint; returns the rows of metrics.csv up to it."""
