@@ -55,7 +55,7 @@ class Args(RunArgs):
     gradient: Literal["dp", "dr", "lr"] = "dp"
     """estimator of the policy gradient: see the first lines of this file"""
     unroll: Natural = 3
-    """h, steps of the expansion before the critic takes over; 0: soft actor-critic"""
+    """h, steps of the expansion before the critic takes over; 0: soft actor-critic, whatever --gradient"""
     expand_critic: bool = True
     """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
     imagined_steps: Natural = 20
@@ -67,7 +67,7 @@ class Args(RunArgs):
     learning_starts: Count = 1_000
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
-    """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
+    """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -363,9 +363,9 @@ def normalized(normalizer, sample: dict) -> dict:
 
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS, one_process=True)
-    num_iterations = max(1, args.total_timesteps // args.num_envs)
-    if not args.unroll < min(args.buffer_size, args.learning_starts) // args.num_envs < num_iterations:
-        given = f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}"
+    starts, num_iterations = args.learning_starts, max(1, args.total_timesteps // args.num_envs)
+    if min(starts, args.buffer_size) <= args.unroll * args.num_envs or starts >= num_iterations * args.num_envs:
+        given = f"--learning-starts {starts}, --buffer-size {args.buffer_size}"
         fail(f"{given} must lie above --unroll x --num-envs, and the first below --total-timesteps")
     run = Run(args, num_iterations, args.num_envs, episodes=20)
 

@@ -61,7 +61,7 @@ class Args(PhysicsArgs):
     actor_learning_rate: Rate = 2e-3
     """initial learning rate of the policy; falls to min_learning_rate (SHAC's paper: 2e-3, RPO's 5e-4)"""
     critic_learning_rate: Rate = 1e-3
-    """initial learning rate of the critics; falls to min_learning_rate (RPO's paper: 5e-4)"""
+    """initial learning rate of the critics; falls to min_learning_rate (SHAC's paper: 2e-3 on Ant, RPO's 5e-4)"""
     min_learning_rate: Weight = 1e-5
     """learning rate at the end"""
     learning_rate_decay: Literal["linear", "exponential"] = "linear"
@@ -91,7 +91,7 @@ class Args(PhysicsArgs):
     normalize_returns: bool = False
     """fit the critics to returns of mean 0 and deviation 1"""
     num_critics: Few = 2
-    """critics, whose mean is the value"""
+    """critics, whose mean is the value (SHAC's paper: 1)"""
     critic_epochs: Few = 16
     """passes over the window to fit the critics"""
     critic_minibatches: Count = 4
@@ -99,9 +99,9 @@ class Args(PhysicsArgs):
     actor_hidden: Layers = (128, 64, 32)
     """hidden layers of the policy (RPO's paper: 400 200 100)"""
     critic_hidden: Layers = (64, 64)
-    """hidden layers of a critic"""
+    """hidden layers of a critic (RPO's paper: 400 200 100)"""
     activation: Literal["elu", "silu"] = "elu"
-    """activation function of policy and critics"""
+    """activation function of policy and critics (RPO's paper: silu)"""
     log_std_init: Number = -1.0
     """initial log standard deviation of the policy's noise, before tanh"""
     state_dependent_std: bool = False
@@ -300,7 +300,7 @@ if __name__ == "__main__":
     actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
     run.restore(
-        average, env, actor=actor, average=average, normalizer=normalizer, critic=critic, target_critic=target_critic,
+        average, env, actor=actor, average=average, normalizer=normalizer, target_critic=target_critic, critic=critic,
         actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
@@ -371,7 +371,7 @@ if __name__ == "__main__":
         for part in {critic, target_critic} if args.normalize_returns else ():
             part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
-            for index in torch.randperm(len(targets), device=env.device).chunk(args.critic_minibatches):
+            for index in torch.randperm(len(targets), device=env.device).tensor_split(args.critic_minibatches):
                 value_loss = (critic(inputs[index]) - targets[index]).square().mean(1).sum() / critic.returns.var
                 critic_optimizer.zero_grad()
                 value_loss.backward()

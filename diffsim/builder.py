@@ -12,6 +12,8 @@ from diffsim.mjcf import GEOM, JOINT, can_touch, check, collide, disabled, label
 from diffsim.model import Contacts, Group, Model, Softness
 from diffsim.spatial import Mat, Sym, Vec
 
+WIDE = 0.5  # range of a joint, rad or m, below which its stops act over less than Softness says
+
 
 class SelfCollisionWarning(UserWarning):
     """The robot's links could touch each other, and here they will not."""
@@ -169,7 +171,11 @@ class _Builder:
             stiffness = self.softness.stiffness * firmness
             k = stiffness / (np.maximum(m.dof_invweight0[dof], 1e-9) * period**2)
             g.limit_k = self.column(np.where(limited, k, 0))
-            g.limit_damping = self.column(hunt_crossley(stiffness, period, ratio, self.softness.limit_depth))
+            narrow = np.clip(np.ptp(m.jnt_range[joints], 1) / WIDE, 0.02, 1)  # a gripper's stroke is centimetres
+            narrow, width = np.where(limited, narrow, 1), self.softness.limit_width
+            depth = self.softness.limit_depth * narrow
+            g.limit_damping = self.column(hunt_crossley(stiffness, period, ratio, depth))
+            g.limit_width = self.column(width * narrow) if (narrow < 1).any() else width
             margin = m.jnt_margin[joints]
             g.limit_low = self.column(np.where(limited, m.jnt_range[joints, 0] + margin, -1e6))
             g.limit_high = self.column(np.where(limited, m.jnt_range[joints, 1] - margin, 1e6))
@@ -260,10 +266,19 @@ class _Builder:
     def law(self, geom, other) -> tuple:
         """Margin, stiffness k, damping, friction of two geoms that touch."""
         period, ratio = self.solref(self.mixed_solref(geom, other))
-        invweight = self.m.body_invweight0[self.m.geom_bodyid[[geom, other]], 0].sum()
+        invweight = self.inverse_weight(geom) + self.inverse_weight(other)
         k = self.softness.stiffness / (max(invweight, 1e-9) * period[0] ** 2)
         damping = hunt_crossley(self.softness.stiffness, period, ratio, self.softness.contact_depth)[0]
         return self.margin(geom, other), k, damping, self.friction(geom, other)
+
+    def inverse_weight(self, geom) -> float:
+        """MuJoCo's of its body, 1/kg. Where that is near 0, as the joints cannot move the centre of mass (a turret, a
+        pinned wheel), it is that of all that moves with the body set free: else contacts would act at any distance."""
+        m, body = self.m, self.m.geom_bodyid[geom]
+        if m.body_weldid[body] == 0:
+            return 0.0
+        free = 1 / max(m.body_subtreemass[m.body_rootid[body]], 1e-9)
+        return m.body_invweight0[body, 0] if m.body_invweight0[body, 0] > 0.05 * free else free
 
     def margin(self, geom, plane) -> float:
         m = self.m
@@ -310,16 +325,13 @@ class _Builder:
             width = {"free": 6, "ball": 3}.get(JOINT[m.jnt_type[joint]], 1)
             moment[dof : dof + width, i] = m.actuator_gear[i, :width]
         servo = m.actuator_biastype == int(mujoco.mjtBias.mjBIAS_AFFINE)
-        if servo.any():  # force gear (b0 + b1 gear q + b2 gear v)
-            b0, b1, b2 = (np.where(servo, m.actuator_biasprm[:, c], 0) for c in range(3))
-            for g in groups:
-                if g.kind in ("hinge", "slide"):
-                    dof = m.jnt_dofadr[g.joints]
-                    kp, kv = ((moment[dof] ** 2) @ b for b in (b1, b2))
+        b0, b1, b2 = (np.where(servo, m.actuator_biasprm[:, c], 0) for c in range(3))
+        for g in groups:
+            if g.kind in ("hinge", "slide"):  # a servo's force: gear (b0 + b1 gear q + b2 gear v)
+                kp, kv = ((moment[m.jnt_dofadr[g.joints]] ** 2) @ b for b in (b1, b2))
+                if servo.any():
                     g.servo_kp, g.servo_kv = self.column(kp), self.column(kv)
-                    self.warn_about_servos(g, kp, kv)
-        else:
-            b0 = np.zeros(m.nu)
+                self.warn_about_springs(g, kp, kv)
         limited = m.actuator_ctrllimited.astype(bool)
         gear = moment * m.actuator_gainprm[:, 0]
         return Model(
@@ -331,15 +343,18 @@ class _Builder:
             softness=self.softness, collisions=self.collisions, device=self.device, dtype=self.dtype,
         )  # fmt: skip
 
-    def warn_about_servos(self, g: Group, kp, kv):
-        """They are explicit, as in MuJoCo's Euler integrator: alone on its joint, one that is too stiff or damped for
-        the substep overshoots more each time."""
+    def warn_about_springs(self, g: Group, kp, kv):
+        """Those of joints and servos are explicit, as in MuJoCo's Euler integrator: alone on its joint, one that is too
+        stiff or damped for the substep overshoots more each time."""
         m, dof, h = self.m, self.m.jnt_dofadr[g.joints], self.m.opt.timestep
+        spring = np.zeros(len(dof)) if g.stiffness is None else m.jnt_stiffness[g.joints]
         mass = 1 / np.maximum(m.dof_invweight0[dof], 1e-9) + h * m.dof_damping[dof]
-        unstable = np.flatnonzero(-(h * h * kp + 2 * h * kv) > 4 * mass)
+        unstable = np.flatnonzero(h * h * (spring - kp) - 2 * h * kv > 4 * mass)
         if len(unstable):
-            joint = label(m, "joint", g.joints[unstable[0]])
-            message = f"the servo of {joint} is too stiff or damped for substeps of {h:.4g} s: use shorter ones"
+            i = unstable[0]
+            what = " and ".join(["spring"] * bool(spring[i]) + ["servo"] * bool(kp[i] or kv[i]))
+            joint, verb = label(m, "joint", g.joints[i]), "are" if "and" in what else "is"
+            message = f"the {what} of {joint} {verb} too stiff or damped for substeps of {h:.4g} s: use shorter ones"
             warnings.warn(message, stacklevel=5)
 
     def warn_about_self_collision(self):

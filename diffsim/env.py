@@ -143,7 +143,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         nonfinite = ~((q < torch.inf) & (v < EXPLODED) & (u <= 1))
         any_nonfinite = bool(nonfinite.any())
         if any_nonfinite:
-            self._report(nonfinite, qpos, action)
+            self._report(nonfinite, action=action, qpos=qpos, qvel=qvel)
             qpos, qvel, action = self._replace(nonfinite, qpos, qvel, action)
         reward = self.task.transition_reward(self.qpos, qpos, qvel, action)
         terminated = self.task.terminated(qpos, qvel)
@@ -179,14 +179,14 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         fresh_qpos[:, index], fresh_qvel[:, index] = self._fresh(len(index))
         return torch.where(mask, fresh_qpos, qpos), torch.where(mask, fresh_qvel, qvel), torch.where(mask, 0.0, action)
 
-    def _report(self, nonfinite, qpos, action):
-        env = int(nonfinite.nonzero()[0])
-        bad = [name for name, x in (("action", action), ("qpos", qpos)) if not torch.isfinite(x[:, env]).all()]
-        warnings.warn(
-            f"{int(nonfinite.sum())} environment(s) ended: {(bad or ['qvel'])[0]} of environment {env} is not finite "
-            f"or exploded at step {int(self.episode_length[env])} of its episode",
-            stacklevel=3,
+    def _report(self, nonfinite, **state):
+        i = int(nonfinite.nonzero()[0])
+        bad = [name for name, x in state.items() if not torch.isfinite(x[:, i]).all()]
+        why = (
+            f"{bad[0]} of environment {i} is not finite" if bad else f"a speed of environment {i} came to {EXPLODED:g}"
         )
+        when = f"at step {int(self.episode_length[i])} of its episode"
+        warnings.warn(f"{int(nonfinite.sum())} environment(s) ended: {why} {when}", stacklevel=3)
 
     # --- the graph and the state ----------------------------------------------------------------------------
     def detach(self) -> Tensor:

@@ -70,7 +70,7 @@ class RunArgs:
     resume: str | None = None
     """run folder or checkpoint.pt to continue, with its arguments; another --total-timesteps lengthens the run"""
     init_from: str | None = None
-    """run folder or checkpoint.pt, also of another script, whose networks and normalisers a new run begins with"""
+    """run folder or checkpoint.pt whose networks and normalisers a new run begins with; SHAC's and RPO's are alike"""
     run_dir: str = "runs"
     """where the run folder is made"""
     capture_video: bool = False
@@ -238,9 +238,12 @@ def parse(Args, defaults: dict, one_process: bool = False):
         ranks.start(final.num_envs, final.device)
     if args.init_from is not None and args.resume is None:
         of_run = load(args.init_from, "--init-from")["args"]
-        theirs = of_run.get("activation") if isinstance(of_run, dict) else None
-        if theirs not in (None, getattr(final, "activation", theirs)):  # their shapes would not say so
+        of_run = of_run if isinstance(of_run, dict) else {}  # what shapes do not say of networks:
+        theirs = of_run.get("activation")
+        if theirs not in (None, getattr(final, "activation", theirs)):
             fail(f"--init-from {args.init_from}: networks of another activation; they need --activation {theirs}")
+        if getattr(final, "normalize_returns", False) and of_run.get("normalize_returns") is False:
+            fail(f"--init-from {args.init_from}: its critics know plain returns; they need --no-normalize-returns")
     return final
 
 

@@ -124,7 +124,7 @@ def _per_point(g: Group, x):
     return x.map(lambda t: t.expand(len(g.contacts.index), -1, -1))
 
 
-def joint_terms(g: Group, q, v, tau, softness: Softness, h: float) -> JointTerms:
+def joint_terms(g: Group, q, v, tau, h: float) -> JointTerms:
     """Armature, implicit damping and limits of every dof, and the forces along it:
 
     diagonal = armature + h damping + w_limit
@@ -136,7 +136,7 @@ def joint_terms(g: Group, q, v, tau, softness: Softness, h: float) -> JointTerms
     (q,), (v,), (tau,) = q, v, tau
     impulse = g.armature * v + h * joint_force(g, q, v, tau)
     if g.limited:
-        w, j = limit_terms(g, q, v, softness, h)
+        w, j = limit_terms(g, q, v, h)
         inertia, impulse = inertia + w, impulse + j
     return JointTerms([inertia], [impulse])
 
@@ -148,9 +148,9 @@ def joint_force(g: Group, q: Tensor, v: Tensor, tau: Tensor) -> Tensor:
     return tau if g.servo_kp is None else tau + g.servo_kp * q + g.servo_kv * v
 
 
-def limit_terms(g: Group, q: Tensor, v: Tensor, softness: Softness, h: float) -> tuple[Tensor, Tensor]:
+def limit_terms(g: Group, q: Tensor, v: Tensor, h: float) -> tuple[Tensor, Tensor]:
     """Weight and impulse of a hinge's or slide's two stops: contacts in one dimension, the upper one mirrored."""
-    law = g.limit_k, g.limit_damping, softness.limit_width, h
+    law = g.limit_k, g.limit_damping, g.limit_width, h
     _, w_low, j_low = normal_law(q - g.limit_low, v, *law)
     _, w_high, j_high = normal_law(g.limit_high - q, -v, *law)
     return w_low + w_high, j_low - j_high
@@ -165,7 +165,7 @@ def assemble(model: Model, frames: list[Frame], q: Grouped, v: Grouped, tau: Gro
         body = body_terms(g, frames[i], velocities[i], accelerations[i], h) if g.has_mass else None
         contact = contact_terms(g, frames[i], velocities[i], model.softness, h) if g.contacts else None
         pairs = [pair_terms(p, i, frames, velocities, model.softness, h) for p in g.pairs]
-        terms.append(Terms(body, contact, joint_terms(g, q[i], v[i], tau[i], model.softness, h), pairs))
+        terms.append(Terms(body, contact, joint_terms(g, q[i], v[i], tau[i], h), pairs))
     return Equation(terms, link_terms(model, frames, velocities, h) if model.links else None)
 
 

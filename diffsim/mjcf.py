@@ -145,6 +145,7 @@ def check(m: mujoco.MjModel, name: str, collisions: bool = False):
             if value.dtype.kind == "f" and not np.isfinite(row).all():
                 no(f"{what} = {row} of {_owner(m, prefix, i)}", "give a finite number")
     _check_joints(m, no)
+    _check_mass(m, no)
     _check_contacts(m, no, collisions)
 
 
@@ -209,6 +210,20 @@ def _check_joints(m, no):
                 no(f"{actuator}, a servo on a {kind} joint", "use <motor>")
 
 
+def _check_mass(m, no):
+    """Joints that move a body alike share its motion in a way that nothing says."""
+    data, mass = mujoco.MjData(m), np.zeros((m.nv, m.nv))
+    with quiet_mujoco():
+        mujoco.mj_fwdPosition(m, data)
+    for row, unit in zip(mass, np.eye(m.nv)):
+        mujoco.mj_mulM(m, data, row, unit)
+    scale = np.sqrt(mass.diagonal())
+    least, motions = np.linalg.eigh(mass / np.outer(scale, scale))
+    if least[0] < 1e-13:
+        joint = label(m, "joint", m.dof_jntid[abs(motions[:, 0]).argmax()])
+        no(f"{joint}, which moves no mass of its own at qpos0,", "if another moves the body alike, give it armature")
+
+
 def _check_softness(solref, solimp, depth, of, no):
     """The law of contacts and limits is diffsim's own (Softness). It takes solref, and is softer than MuJoCo's."""
     if not ((solref > 0).all() or (solref[0] < 0 and solref[1] <= 0)):
@@ -225,13 +240,15 @@ def _check_contacts(m, no, collisions):
     for moving, fixed in touching:
         if GEOM[m.geom_type[fixed]] != "plane":
             if not collisions:
-                no(f"contact with the fixed {label(m, 'geom', fixed)}", "only planes; or set contype=conaffinity=0")
+                what = f"contact with the fixed {label(m, 'geom', fixed)}"
+                no(what, "only planes; use collisions=True, or set contype=conaffinity=0")
             if not can_touch(m, moving, fixed):
                 what = " and ".join(f"{label(m, 'geom', i)} ({GEOM[m.geom_type[i]]})" for i in (moving, fixed))
                 no(f"contact of {what}", "use sphere, capsule or box")
             continue
         if data.geom_xmat[fixed, 8] < 1 - 1e-12:  # its normal's height
-            no(f"the tilted plane {label(m, 'geom', fixed)}", "keep it level and tilt gravity")
+            instead = "keep it level and tilt gravity; a wall is a fixed box, with collisions=True"
+            no(f"the tilted plane {label(m, 'geom', fixed)}", instead)
         if GEOM[m.geom_type[moving]] not in ("sphere", "capsule", "box"):
             no(f"contact of {label(m, 'geom', moving)} ({GEOM[m.geom_type[moving]]})", "use sphere, capsule or box")
     if collisions:

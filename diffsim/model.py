@@ -34,8 +34,8 @@ class Softness:
     contact_width: float = 0.003  # m, of the softplus
     contact_depth: float = 0.005  # m, where the damping is critical
     release_depth: float = 0.005  # m, over which the damping of what comes out is bounded; inf: it is not
-    limit_width: float = 0.01  # rad or m
-    limit_depth: float = 0.03  # rad or m
+    limit_width: float = 0.01  # rad or m; of a joint whose range is below 0.5 as much less as that is
+    limit_depth: float = 0.03  # rad or m; likewise
     slip: float = 0.02  # m/s, regularisation of Coulomb friction
     edge: float = 0.01  # m, radius of a box's edges between bodies, at most half of its least half size
 
@@ -133,6 +133,7 @@ class Group:
     stiffness: Tensor | None = None
     spring_ref: Tensor | None = None
     limited: bool = False
+    limit_width: float | Tensor | None = None
     limit_low: Tensor | None = None
     limit_high: Tensor | None = None
     limit_k: Tensor | None = None

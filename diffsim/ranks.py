@@ -120,6 +120,18 @@ def seed(n: int) -> int:
     return int(np.random.SeedSequence([n, RANK]).generate_state(1)[0]) if RANK else n
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of this process's generators, for a checkpoint: a GPU has one of its own."""
+    state = dict(rng=torch.get_rng_state())
+    return state | dict(gpu_rng=torch.cuda.get_rng_state(device)) if device.type == "cuda" else state
+
+
+def set_random_state(checkpoint: dict, device: torch.device):
+    torch.set_rng_state(checkpoint["rng"])
+    if device.type == "cuda" and "gpu_rng" in checkpoint:  # a run may go on elsewhere
+        torch.cuda.set_rng_state(checkpoint["gpu_rng"], device)
+
+
 # --- messages -----------------------------------------------------------------------------------------------------
 def broadcast(*modules: nn.Module):
     """The first process's parameters and buffers for all."""

@@ -75,8 +75,7 @@ class Run:
         self.interrupted, self.nonfinite = 0, []  # by this signal, seen here; tags of the last row
         sys.excepthook = explain
         import_compiler()
-        on_cpu = args.device == "cpu"
-        memory.limit() if on_cpu else torch.set_float32_matmul_precision("high")  # TF32 for the networks
+        memory.limit() if args.device == "cpu" else torch.set_float32_matmul_precision("high")  # TF32 for the networks
         self.best, self.left_out = -inf, 0  # return of the best evaluation; successive rows without any gradient
         self.warned = self.moved = self.stuck = False  # some were left out; some were not; all were for too long
         for generator in (random.seed, np.random.seed, torch.manual_seed):
@@ -139,10 +138,12 @@ class Run:
         """Networks and normalisers of another run; optimisers, counters and environments are new."""
         for name, part in self.parts.items():
             if hasattr(part, "parameters") and name not in OF_A_RUN:
+                if name not in checkpoint:
+                    fail(f"--init-from {self.args.init_from}: a run of {checkpoint['script']}.py, which has no {name}")
                 try:
                     part.load_state_dict(checkpoint[name])
-                except (KeyError, RuntimeError, TypeError, AttributeError) as e:
-                    why = str(e).split("\n")[:2][-1].split(": copying")[0].strip() if name in checkpoint else "none"
+                except (RuntimeError, TypeError, AttributeError) as e:
+                    why = str(e).split("\n")[:2][-1].split(": copying")[0].strip()
                     fail(f"--init-from {self.args.init_from}: its {name} does not fit this task and layers: {why}")
 
     def _load(self, checkpoint: dict) -> list[dict]:
@@ -159,7 +160,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
             name = "state of the run"
-            torch.set_rng_state(checkpoint["rng"])
+            ranks.set_random_state(checkpoint, self.env.device)
             self.best = checkpoint["best"] + 0.0
             self.recent.extend(tuple(x + 0 for x in episode) for episode in checkpoint["recent"])  # they are numbers
             self.sums.update({tag: x + 0 for tag, x in checkpoint["sums"].items()})
@@ -293,8 +294,7 @@ class Run:
 
     def lap(self, name: str):
         """The seconds since the last lap, or since the iteration began, are `name`'s."""
-        now = time.time()
-        self.sums[f"time/{name}_s"] += now - self.lap_start
+        self.sums[f"time/{name}_s"] += (now := time.time()) - self.lap_start
         self.lap_start = now
 
     def log(self, numbers: dict):
@@ -370,7 +370,7 @@ class Run:
             self._stop("the policy's action is not finite")
         own = {name: self.parts[name].state_dict() for name in OF_A_RANK if name in self.parts}
         own = {name: {k: x.cpu() for k, x in state.items()} for name, state in own.items()}
-        of_ranks = ranks.gather(own | dict(rng=torch.get_rng_state()), everywhere=False)
+        of_ranks = ranks.gather(own | ranks.random_state(self.env.device), everywhere=False)
         if ranks.RANK:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()} | of_ranks[0]

@@ -258,6 +258,15 @@ def test_it_is_refused_by_name(element, attributes, word):
     assert re.search(word, str(error.value)) and "\n" not in str(error.value), error.value
 
 
+def test_joints_that_move_a_body_alike_are_refused():
+    """Without armature: how they share its motion, nothing says."""
+    text = """<mujoco><worldbody><body><joint name="a" axis="0 0 2"{}/><joint axis="0 0 1"/><geom size=".1"/></body>
+    </worldbody></mujoco>"""
+    with pytest.raises(diffsim.UnsupportedError, match="joint .*, which moves no mass of its own .* armature"):
+        load_model(text.format(""))
+    load_model(text.format(' armature=".01"'))
+
+
 TENDON = '<tendon><fixed><joint joint="hinge" coef="1"/></fixed></tendon>'
 NUMBERS = sorted(
     field for field in dir(mjcf._plain()) if not field.startswith(mjcf.HARMLESS)
@@ -378,6 +387,25 @@ def test_what_is_no_mjcf_is_one_line(xml, capfd):
     with pytest.raises(ValueError, match="cannot read MJCF") as error:
         load_model(xml)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300 and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "spring, servo, said",
+    [
+        (5, 0, []),
+        (50, 0, ["the spring of joint 'j' is"]),
+        (20, 20, ["the spring and servo of joint 'j' are"]),
+        (0, 50, ["the servo of joint 'j' is"]),
+    ],
+)
+def test_a_spring_that_will_explode_is_warned_of(spring, servo, said):
+    xml = f"""<mujoco><worldbody><body><joint name="j" axis="0 1 0" stiffness="{spring}"/>
+    <geom size=".02" pos="0 0 .05" mass=".04"/></body></worldbody>
+    <actuator><position joint="j" kp="{servo}"/></actuator></mujoco>"""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        diffsim.load_model(xml, timestep=1 / 240)
+    assert [str(w.message).split(" too")[0] for w in found] == said
 
 
 @pytest.mark.parametrize("kv, warns", [(0.5, False), (3, True)])

@@ -336,6 +336,43 @@ def test_a_stop_bears_what_pushes_against_it():
     assert float(gap.abs().max()) < 0.05
 
 
+def beside_mujoco(xml: str, ctrl: list[float], steps: int, qpos=0.0):
+    """Where both come to from rest at qpos: (nq,), (nq,)."""
+    model = diffsim.load_model(xml, dtype=torch.float64)
+    q, v = (torch.full((n, 1), x).double() for n, x in ((model.nq, qpos), (model.nv, 0.0)))
+    data = mujoco.MjData(model.mj_model)
+    data.ctrl, data.qpos = ctrl, qpos
+    for _ in range(steps):
+        q, v = diffsim.step(model, q, v, torch.tensor(ctrl).double()[:, None])
+        mujoco.mj_step(model.mj_model, data)
+    return q[:, 0].numpy(), data.qpos
+
+
+@pytest.mark.parametrize(
+    "height, joint, geom, ctrl",
+    [(0.09, "0 0 1", 'type="box" size=".1 .1 .04"', 1.0), (0.15, "0 1 0", 'size=".1"', 0.1)],
+    ids=["turret", "wheel"],
+)
+def test_a_body_that_turns_about_its_centre_turns_above_the_ground(height, joint, geom, ctrl):
+    """MuJoCo's inverse weight of it is 0: contacts as stiff as that would hold it, centimetres above the ground."""
+    xml = f"""<mujoco><option timestep=".004"/><worldbody><geom type="plane" size="1 1 1"/><body pos="0 0 {height}">
+    <joint name="j" axis="{joint}" damping=".1"/><geom {geom} mass="2"/></body></worldbody>
+    <actuator><motor joint="j"/></actuator></mujoco>"""
+    ours, theirs = beside_mujoco(xml, [ctrl], 100)
+    assert theirs > 0.05
+    np.testing.assert_allclose(ours, theirs, rtol=0.01)
+
+
+def test_a_short_slide_closes():
+    """The stops of a gripper's finger, whose stroke is 4 cm, act over a millimetre or two."""
+    xml = """<mujoco><option timestep=".004" gravity="0 0 0"/><worldbody><body><joint name="f" type="slide" axis="0 0 1"
+    range="0 .04" damping="1"/><geom type="box" size=".01 .01 .02" mass=".1"/></body></worldbody><actuator>
+    <motor joint="f"/></actuator></mujoco>"""
+    for force in (-5.0, -1.0, 1.0, 5.0):
+        ours, theirs = beside_mujoco(xml, [force], 200, qpos=0.02)
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
 def test_pendulum_keeps_its_energy_to_first_order():
     xml = """<mujoco><worldbody><body><joint axis="0 1 0"/><geom type="sphere" size=".05" pos="0 0 -1"
     contype="0" conaffinity="0"/></body></worldbody></mujoco>"""

@@ -122,10 +122,12 @@ def test_networks_that_do_not_fit_are_one_line(cartpole, tmp_path, refused):
         said = refused("shac.py", *args, "--init-from", cartpole)
         assert f"--init-from {cartpole}: its actor does not fit this task and layers: {why}" in said
     args = small("ppo_baseline.py", run_dir=tmp_path, total_timesteps=8)
-    assert "layers: none" in refused("ppo_baseline.py", *args, "--init-from", cartpole)
+    assert refused("ppo_baseline.py", *args, "--init-from", cartpole).endswith("a run of shac.py, which has no agent")
     args = small("rpo_diffsim.py", run_dir=tmp_path, total_timesteps=8, activation="silu")
     said = refused("rpo_diffsim.py", *args, "--init-from", cartpole)
     assert said.endswith("networks of another activation; they need --activation elu")
+    said = refused("shac.py", *small("shac.py", run_dir=tmp_path), "--normalize-returns", "--init-from", cartpole)
+    assert said.endswith("its critics know plain returns; they need --no-normalize-returns")
     assert "--init-from nowhere: no checkpoint.pt there" in refused("shac.py", "--init-from", "nowhere")
     assert not list(tmp_path.iterdir())
 

@@ -120,6 +120,11 @@ def test_the_targets_critic_follows(tmp_path):
     for name, x in follows["critic"].items():
         torch.testing.assert_close(x, follows["target_critic"][name])
     assert any(not torch.equal(x, stays["target_critic"][name]) for name, x in stays["critic"].items())
+    flags = [*TINY, "--env", "cartpole", "--no-target-critic", "--critic-learning-rate", 1e-38]
+    flags += ["--init-from", the_run(tmp_path / "1"), "--run-dir", tmp_path / "new", "--stop-after", 1]
+    run_script("shac.py", *flags)
+    new = torch.load(next(tmp_path.glob("new/*/checkpoint.pt")), weights_only=True)["critic"]
+    assert all(torch.equal(x, stays["critic"][name]) for name, x in new.items())  # not the target
 
 
 def test_the_score_function_is_ppos():

@@ -301,6 +301,20 @@ def test_what_is_wrong_with_a_task_is_one_line_when_it_is_made(attribute, value,
     assert "raised" not in message or error.value.__cause__ is not None
 
 
+@pytest.mark.parametrize("joint, rows", [("free", "3 to 6"), ("ball", "0 to 3")])
+def test_a_reset_to_no_orientation_is_one_line(joint, rows):
+    class Ball(diffsim.Task):
+        xml = f"""<mujoco><worldbody><body><joint type="{joint}"/><geom size=".1"/><body><joint name="j"/>
+        <geom size=".1" pos="0 0 .3"/></body></body></worldbody><actuator><motor joint="j"/></actuator></mujoco>"""
+
+        def reset(self, model, count, generator):
+            return torch.zeros(model.nq, count), torch.zeros(model.nv, count)
+
+    said = f"Ball.reset returned a quaternion of length 0, rows {rows} of qpos; begin with model.mj_model.qpos0"
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        diffsim.make(Ball, 2, compile=False)
+
+
 def test_what_is_no_task_is_one_line(tmp_path):
     for task, message in ((3, "3 is no task"), (int, "'int'> is no task"), (diffsim.Task, "Task does not define xml")):
         with pytest.raises(ValueError, match=message):

@@ -109,6 +109,11 @@ def state(task: Task, method: str, *args, model, count: int) -> tuple[Tensor, Te
         raise ValueError(f"{type(task).__name__}.{method} returned {what}, expected two: qpos, qvel")
     for x, rows in zip(found, (model.nq, model.nv)):
         check(task, method, x, (rows, count), model, model.dtype)
+    for g in model.groups:
+        for rows in zip(*g.qpos[-4:]) if g.kind in ("free", "ball") else ():
+            if not found[0][list(rows)].norm(dim=0).min() > 1e-6:
+                what = f"a quaternion of length 0, rows {rows[0]} to {rows[-1]} of qpos"
+                raise ValueError(f"{type(task).__name__}.{method} returned {what}; begin with model.mj_model.qpos0")
     return found
 
 
