@@ -68,6 +68,10 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
+    alive_bonus: Number = 0.0
+    """at the end every step earns this times the mean reward more, before in proportion: falls weigh more, and more"""
+    quiet_episodes: Fraction = 0.0
+    """share of the episodes without noise at the end, before in proportion: falls of the policy as it is evaluated"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -119,7 +123,7 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0),  # entropy: MBPO's
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, alive_bonus=3.0, quiet_episodes=1.0),  # -1: MBPO's
     "HalfCheetah-v5": dict(total_timesteps=200_000),
     "on diffsim": dict(num_envs=16),  # the simulator is at its best with many
 }
@@ -402,12 +406,12 @@ if __name__ == "__main__":
     act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
 
     @compiled
-    def note(obs, reward, final_obs):
+    def note(obs, reward, final_obs, bonus):
         normalizer.update(obs)
         changes.update(final_obs - obs)
         rewards.update(reward[:, None])
         model.change.copy_((changes.mean.square() + changes.var).sqrt() * torch.rsqrt(normalizer.var + 1e-5) + 1e-6)
-        model.reward.copy_(torch.cat([rewards.mean, rewards.var.sqrt() + 1e-6]))
+        model.reward.copy_(torch.cat([rewards.mean + bonus, rewards.var.sqrt() + 1e-6]))
 
     @compiled
     def model_gradient(sample, ends, share):  # one-step predictions
@@ -439,18 +443,21 @@ if __name__ == "__main__":
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
-    for _ in run:
+    for iteration in run:
         # --- one step of every environment -----------------------------------------------------------------------
+        bonus = args.alive_bonus * iteration / num_iterations * rewards.mean
+        begun = iteration - torch.as_tensor(env.episode_length)
+        loud = 0.618 * begun % 1 >= args.quiet_episodes * begun / num_iterations
         with torch.no_grad():
             if run.global_step - args.num_envs < args.learning_starts:
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
+                action, log_prob, u = act(obs, loud[:, None] * randn(args.num_envs, act_dim))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
-            note(obs, reward, info["final_obs"])
+            note(obs, reward, info["final_obs"], bonus)
         run.episodes(info)
         obs = next_obs
         run.lap("env")
@@ -459,7 +466,7 @@ if __name__ == "__main__":
         n = run.global_step - args.learning_starts
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
-                batch = {k: x[0] for k, x in buffer.sample(args.batch_size).items()}
+                batch = {k: x[0] for k, x in buffer.sample(args.batch_size, bonus=bonus).items()}
                 model.dynamics.train()  # power iterations, within the graph, of weights that have changed
                 losses = model_gradient(batch, *buffer.ends(args.batch_size))
                 model.dynamics.eval()
@@ -478,7 +485,7 @@ if __name__ == "__main__":
             if (update + 1) % args.policy_frequency:
                 continue
             now = {k: x[None] for k, x in batch.items()}
-            segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else now
+            segment = buffer.sample(args.batch_size, h, args.dr_recent, bonus) if gradient == "dr" else now
             policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
