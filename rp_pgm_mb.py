@@ -10,7 +10,7 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
 and replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 leaves them.
-Not the paper's: --expand-critic, --imagined-steps, with which critics keep up; more in benchmarks/learned_model.md.
+Not the paper's: --expand-critic, --imagined-steps, --alive-bonus, --quiet-episodes: see benchmarks/learned_model.md.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -32,7 +32,7 @@ from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.graphs import compiler, update_spectral_norm
 from diffsim.play import Evaluator
-from diffsim.replay import ReplayBuffer, Rollouts
+from diffsim.replay import ReplayBuffer, Rollouts, is_quiet
 from diffsim.run import Run
 
 # isort: split
@@ -69,9 +69,9 @@ class Args(RunArgs):
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
     alive_bonus: Number = 0.0
-    """at the end every step earns this times the mean reward more, before in proportion: falls weigh more, and more"""
+    """at the end of the run each step earns this times the mean reward more, before in proportion: ends weigh more"""
     quiet_episodes: Fraction = 0.0
-    """share of the episodes without noise at the end, before in proportion: falls of the policy as it is evaluated"""
+    """share of episodes without noise at the end of the run, before in proportion: they meet what evaluations do"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -124,9 +124,8 @@ class Args(RunArgs):
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
     "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, alive_bonus=3.0, quiet_episodes=1.0),  # -1: MBPO's
-    "HalfCheetah-v5": dict(total_timesteps=200_000),
-    "on diffsim": dict(num_envs=16),  # the simulator is at its best with many
-}
+    "HalfCheetah-v5": dict(total_timesteps=200_000), "on diffsim": dict(num_envs=16),  # at its best with many
+}  # fmt: skip
 
 
 def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
@@ -237,8 +236,9 @@ class Normalizer(nn.Module):
     def forward(self, obs):
         return (obs - self.mean) * torch.rsqrt(self.var + 1e-5)
 
-    def inverse(self, z):
-        return self.mean + z * (self.var + 1e-5).sqrt()
+    def of(self, sample: dict) -> dict:
+        """A sample of the buffer with z and z_next, its normalised observations."""
+        return sample | dict(z=self(sample["obs"]), z_next=self(sample["final_obs"]))
 
     @torch.no_grad()
     def update(self, obs):
@@ -309,10 +309,8 @@ def real_step(model, segment, i, z, action):
 
 
 def score_surrogate(actor, critic, visited: list, alpha: float):
-    """(B,) whose gradient is the score function's: log pi(a_i | s_i) times what followed, less a baseline.
-
-    The baseline is the critic's value of another action in the same state: independent of a_i, so without bias.
-    """
+    """(B,) whose gradient is the score function's: log pi(a_i | s_i) times what followed, less a baseline: the critic's
+    value of another action in the same state, independent of a_i, so without bias."""
     surrogate = following = 0.0
     for step in reversed(visited):
         following = following + step["gain"]
@@ -358,11 +356,6 @@ def differentiate(loss, module: nn.Module, max_norm: float = math.inf):
     module.zero_grad()
     loss.backward(inputs=list(module.parameters()))
     return nn.utils.clip_grad_norm_(module.parameters(), max_norm, foreach=False)
-
-
-def normalized(normalizer, sample: dict) -> dict:
-    """A sample of the buffer with z and z_next, its normalised observations."""
-    return sample | dict(z=normalizer(sample["obs"]), z_next=normalizer(sample["final_obs"]))
 
 
 if __name__ == "__main__":
@@ -415,7 +408,7 @@ if __name__ == "__main__":
 
     @compiled
     def model_gradient(sample, ends, share):  # one-step predictions
-        losses = model.losses(normalized(normalizer, sample), normalized(normalizer, ends), share)
+        losses = model.losses(normalizer.of(sample), normalizer.of(ends), share)
         differentiate(sum(losses), model, args.max_grad_norm)
         return torch.stack(losses).detach()
 
@@ -424,10 +417,11 @@ if __name__ == "__main__":
         with torch.no_grad():
             action, _, u = actor(z := normalizer(obs), noise)
             z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
-        return dict(obs=obs, u=u, reward=reward, final_obs=normalizer.inverse(z_next), goes_on=goes_on)
+        final_obs = normalizer.mean + z_next * (normalizer.var + 1e-5).sqrt()
+        return dict(obs=obs, u=u, reward=reward, final_obs=final_obs, goes_on=goes_on)
 
     def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
-        batch, step = normalized(normalizer, sample), partial(predicted_step, model)
+        batch, step = normalizer.of(sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha)
@@ -437,17 +431,16 @@ if __name__ == "__main__":
         return value_loss.detach(), target.mean()
 
     def policy_gradient(gradient, segment, noise, alpha):
-        segment = normalized(normalizer, segment)
-        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
+        value, entropy = objective(gradient, actor, model, critic, normalizer.of(segment), noise, args.gamma, alpha)
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for iteration in run:
         # --- one step of every environment -----------------------------------------------------------------------
-        bonus = args.alive_bonus * iteration / num_iterations * rewards.mean
+        bonus = args.alive_bonus * iteration / num_iterations * rewards.mean.abs()
         begun = iteration - torch.as_tensor(env.episode_length)
-        loud = 0.618 * begun % 1 >= args.quiet_episodes * begun / num_iterations
+        loud = ~is_quiet(begun, args.quiet_episodes * begun / num_iterations)
         with torch.no_grad():
             if run.global_step - args.num_envs < args.learning_starts:
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))

@@ -62,6 +62,12 @@ class ReplayBuffer:
         self.ended = (order[:, None] * self.num_envs + torch.arange(self.num_envs))[ended].tolist()
 
 
+def is_quiet(begun: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Whether episodes that began at these steps, (N,), are among a share of all, by multiples of the golden ratio:
+    evenly spread, whatever the seed, and with nothing to be kept for --resume."""
+    return begun.double() * 0.6180339887498949 % 1 < share
+
+
 class Rollouts:
     """Roll-outs in a learned model, `size` of them, each of which begins anew after `length` steps or at an end.
 
