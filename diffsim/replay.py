@@ -62,7 +62,7 @@ class ReplayBuffer:
         self.ended = (order[:, None] * self.num_envs + torch.arange(self.num_envs))[ended].tolist()
 
 
-def is_quiet(begun: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def is_quiet(begun: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
     """Whether episodes that began at these steps, (N,), are among a share of all, by multiples of the golden ratio:
     evenly spread, whatever the seed, and with nothing to be kept for --resume."""
     return begun.double() * 0.6180339887498949 % 1 < share
