@@ -10,7 +10,7 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
 and replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 leaves them.
-Not the paper's: --expand-critic, --imagined-steps, with which critics keep up; more in benchmarks/learned_model.md.
+Not the paper's: --expand-critic, --imagined-steps, --alive-bonus, --quiet-episodes: see benchmarks/learned_model.md.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -32,7 +32,7 @@ from diffsim import ranks
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.graphs import compiler, update_spectral_norm
 from diffsim.play import Evaluator
-from diffsim.replay import ReplayBuffer, Rollouts
+from diffsim.replay import ReplayBuffer, Rollouts, is_quiet
 from diffsim.run import Run
 
 # isort: split
@@ -68,6 +68,10 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
+    alive_bonus: Number = 0.0
+    """at the end of the run each step earns this times the mean reward more, before in proportion: ends weigh more"""
+    quiet_episodes: Fraction = 0.0
+    """share of episodes without noise at the end of the run, before in proportion: they meet what evaluations do"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -119,10 +123,9 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0),  # entropy: MBPO's
-    "HalfCheetah-v5": dict(total_timesteps=200_000),
-    "on diffsim": dict(num_envs=16),  # the simulator is at its best with many
-}
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, alive_bonus=3.0, quiet_episodes=1.0),  # -1: MBPO's
+    "HalfCheetah-v5": dict(total_timesteps=200_000), "on diffsim": dict(num_envs=16),  # at its best with many
+}  # fmt: skip
 
 
 def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
@@ -233,8 +236,9 @@ class Normalizer(nn.Module):
     def forward(self, obs):
         return (obs - self.mean) * torch.rsqrt(self.var + 1e-5)
 
-    def inverse(self, z):
-        return self.mean + z * (self.var + 1e-5).sqrt()
+    def of(self, sample: dict) -> dict:
+        """A sample of the buffer with z and z_next, its normalised observations."""
+        return sample | dict(z=self(sample["obs"]), z_next=self(sample["final_obs"]))
 
     @torch.no_grad()
     def update(self, obs):
@@ -305,10 +309,8 @@ def real_step(model, segment, i, z, action):
 
 
 def score_surrogate(actor, critic, visited: list, alpha: float):
-    """(B,) whose gradient is the score function's: log pi(a_i | s_i) times what followed, less a baseline.
-
-    The baseline is the critic's value of another action in the same state: independent of a_i, so without bias.
-    """
+    """(B,) whose gradient is the score function's: log pi(a_i | s_i) times what followed, less a baseline: the critic's
+    value of another action in the same state, independent of a_i, so without bias."""
     surrogate = following = 0.0
     for step in reversed(visited):
         following = following + step["gain"]
@@ -356,11 +358,6 @@ def differentiate(loss, module: nn.Module, max_norm: float = math.inf):
     return nn.utils.clip_grad_norm_(module.parameters(), max_norm, foreach=False)
 
 
-def normalized(normalizer, sample: dict) -> dict:
-    """A sample of the buffer with z and z_next, its normalised observations."""
-    return sample | dict(z=normalizer(sample["obs"]), z_next=normalizer(sample["final_obs"]))
-
-
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS, one_process=True)
     starts, num_iterations = args.learning_starts, max(1, args.total_timesteps // args.num_envs)
@@ -402,16 +399,16 @@ if __name__ == "__main__":
     act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
 
     @compiled
-    def note(obs, reward, final_obs):
+    def note(obs, reward, final_obs, bonus):
         normalizer.update(obs)
         changes.update(final_obs - obs)
         rewards.update(reward[:, None])
         model.change.copy_((changes.mean.square() + changes.var).sqrt() * torch.rsqrt(normalizer.var + 1e-5) + 1e-6)
-        model.reward.copy_(torch.cat([rewards.mean, rewards.var.sqrt() + 1e-6]))
+        model.reward.copy_(torch.cat([rewards.mean + bonus, rewards.var.sqrt() + 1e-6]))
 
     @compiled
     def model_gradient(sample, ends, share):  # one-step predictions
-        losses = model.losses(normalized(normalizer, sample), normalized(normalizer, ends), share)
+        losses = model.losses(normalizer.of(sample), normalizer.of(ends), share)
         differentiate(sum(losses), model, args.max_grad_norm)
         return torch.stack(losses).detach()
 
@@ -420,10 +417,11 @@ if __name__ == "__main__":
         with torch.no_grad():
             action, _, u = actor(z := normalizer(obs), noise)
             z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
-        return dict(obs=obs, u=u, reward=reward, final_obs=normalizer.inverse(z_next), goes_on=goes_on)
+        final_obs = normalizer.mean + z_next * (normalizer.var + 1e-5).sqrt()
+        return dict(obs=obs, u=u, reward=reward, final_obs=final_obs, goes_on=goes_on)
 
     def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
-        batch, step = normalized(normalizer, sample), partial(predicted_step, model)
+        batch, step = normalizer.of(sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha)
@@ -433,24 +431,26 @@ if __name__ == "__main__":
         return value_loss.detach(), target.mean()
 
     def policy_gradient(gradient, segment, noise, alpha):
-        segment = normalized(normalizer, segment)
-        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
+        value, entropy = objective(gradient, actor, model, critic, normalizer.of(segment), noise, args.gamma, alpha)
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
     randn, obs = partial(torch.randn, device=env.device), env.detach()
-    for _ in run:
+    for iteration in run:
         # --- one step of every environment -----------------------------------------------------------------------
+        late = min(max(2 * iteration / num_iterations - 0.8, 0.0), 1.0)  # from 40 to 90 % of the run
+        bonus = args.alive_bonus * late * rewards.mean.abs()
+        loud = ~is_quiet(iteration - torch.as_tensor(env.episode_length), args.quiet_episodes * late)
         with torch.no_grad():
             if run.global_step - args.num_envs < args.learning_starts:
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
+                action, log_prob, u = act(obs, loud[:, None] * randn(args.num_envs, act_dim))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
-            note(obs, reward, info["final_obs"])
+            note(obs, reward, info["final_obs"], bonus)
         run.episodes(info)
         obs = next_obs
         run.lap("env")
@@ -459,7 +459,7 @@ if __name__ == "__main__":
         n = run.global_step - args.learning_starts
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
-                batch = {k: x[0] for k, x in buffer.sample(args.batch_size).items()}
+                batch = {k: x[0] for k, x in buffer.sample(args.batch_size, bonus=bonus).items()}
                 model.dynamics.train()  # power iterations, within the graph, of weights that have changed
                 losses = model_gradient(batch, *buffer.ends(args.batch_size))
                 model.dynamics.eval()
@@ -478,7 +478,7 @@ if __name__ == "__main__":
             if (update + 1) % args.policy_frequency:
                 continue
             now = {k: x[None] for k, x in batch.items()}
-            segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else now
+            segment = buffer.sample(args.batch_size, h, args.dr_recent, bonus) if gradient == "dr" else now
             policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()

@@ -111,7 +111,7 @@ class Lab:
 
     def draw(self, h: int) -> dict[str, torch.Tensor]:
         """One gradient of each estimator, on the same states."""
-        grads, segment = {}, rp.normalized(self.normalizer, self.buffer.sample(self.batch, h, self.args.dr_recent))
+        grads, segment = {}, self.normalizer.of(self.buffer.sample(self.batch, h, self.args.dr_recent))
         noise = torch.randn(h + 1, *segment["u"].shape[1:])
         if self.env is not None:
             grads, segment = self.through_the_simulator(noise)

@@ -26,13 +26,14 @@ class ReplayBuffer:
         while self.ended and self.ended[0] < (self.count - len(self)) * self.num_envs:
             self.ended.pop(0)
 
-    def sample(self, size: int, length: int = 1, recent: int | None = None) -> dict[str, torch.Tensor]:
-        """Segments of `length` successive steps, (length, size, ...), among the `recent` latest environment steps."""
+    def sample(self, size: int, length: int = 1, recent: int | None = None, bonus=0.0) -> dict[str, torch.Tensor]:
+        """Segments of `length` successive steps, (length, size, ...), among the `recent` latest environment steps;
+        `bonus` is added to their rewards."""
         held = len(self) if recent is None else min(len(self), max(recent // self.num_envs, length))
         start = self.count - held + torch.randint(held - length + 1, (size,))
         index = (start + torch.arange(length)[:, None]) % self.capacity
         env = torch.randint(self.num_envs, (size,)).expand(length, size)
-        return {k: x[index, env] for k, x in self.data.items()}
+        return {k: x[index, env] + bonus if k == "reward" else x[index, env] for k, x in self.data.items()}
 
     def ends(self, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """A sample of the terminated steps, (size, ...), and their share of all that are held.
@@ -59,6 +60,12 @@ class ReplayBuffer:
             return
         ended = self.data["terminated"][order % self.capacity]
         self.ended = (order[:, None] * self.num_envs + torch.arange(self.num_envs))[ended].tolist()
+
+
+def is_quiet(begun: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
+    """Whether episodes that began at these steps, (N,), are among a share of all, by multiples of the golden ratio:
+    evenly spread, whatever the seed, and with nothing to be kept for --resume."""
+    return begun.double() * 0.6180339887498949 % 1 < share
 
 
 class Rollouts:

@@ -206,6 +206,35 @@ def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
     assert len(other) == 0
 
 
+def test_a_bonus_is_added_to_rewards_alone():
+    buffer = rp.ReplayBuffer(20, 2)
+    for i in range(4):
+        buffer.add(reward=torch.full((2,), float(i)), terminated=torch.zeros(2).bool(), obs=torch.zeros(2, 3))
+    sample = buffer.sample(50, 2, bonus=torch.tensor([0.5]))
+    assert set(sample["reward"].flatten().tolist()) <= {0.5, 1.5, 2.5, 3.5} and not sample["obs"].any()
+    assert sample["terminated"].dtype == torch.bool and buffer.data["reward"][3, 0] == 3
+
+
+@pytest.mark.parametrize("every", [1, 17, 1000])
+def test_the_share_of_quiet_episodes(every):
+    begun = every * torch.arange(1000)
+    for share in (0.0, 0.25, 0.9, 1.0):
+        quiet = rp.is_quiet(begun, torch.full((1000,), share))
+        assert abs(quiet.float().mean() - share) < 0.05, share
+    grows = rp.is_quiet(begun, begun / (1000 * every)).float()
+    assert grows[:200].mean() < 0.2 < 0.8 < grows[-200:].mean()
+
+
+def test_the_bonus_grows_with_the_steps_and_the_model_knows_it(tmp_path):
+    """At the end it is --alive-bonus times the size of the mean reward, after 19 of 2,000 steps a share of that."""
+    flags = ["--env", "Pendulum-v1", *TINY, "--alive-bonus", 100, "--stop-after", 20]
+    run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path)
+    saved = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
+    mean, with_bonus = saved["rewards"]["mean"][0], saved["model"]["reward"][0]
+    assert mean < 0
+    torch.testing.assert_close(with_bonus - mean, -mean * 100 * 19 / 2000, rtol=0.1, atol=0)
+
+
 def test_without_an_end_those_of_termination_have_no_share():
     buffer = rp.ReplayBuffer(20, 2)
     buffer.add(obs=torch.zeros(2, 1), terminated=torch.tensor([False, False]))
