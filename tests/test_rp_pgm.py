@@ -226,13 +226,13 @@ def test_the_share_of_quiet_episodes(every):
 
 
 def test_the_bonus_grows_with_the_steps_and_the_model_knows_it(tmp_path):
-    """At the end it is --alive-bonus times the size of the mean reward, after 19 of 2,000 steps a share of that."""
-    flags = ["--env", "Pendulum-v1", *TINY, "--alive-bonus", 100, "--stop-after", 20]
+    """Of --alive-bonus times the size of the mean reward it is 2 x 19/30 - 0.8 after 19 of 30 iterations."""
+    flags = ["--env", "Pendulum-v1", *TINY, "--total-timesteps", 60, "--alive-bonus", 100, "--stop-after", 20]
     run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path)
     saved = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
     mean, with_bonus = saved["rewards"]["mean"][0], saved["model"]["reward"][0]
     assert mean < 0
-    torch.testing.assert_close(with_bonus - mean, -mean * 100 * 19 / 2000, rtol=0.1, atol=0)
+    torch.testing.assert_close(with_bonus - mean, -mean * 100 * (38 / 30 - 0.8), rtol=0.1, atol=0)
 
 
 def test_without_an_end_those_of_termination_have_no_share():
