@@ -264,7 +264,7 @@ class DeterministicPolicy(nn.Module):
         return self.scale(torch.tanh(self.actor.distribution(self.normalizer(obs)).mean))
 
 
-def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
+def expansion(actor, critic, step, z, noise, gamma: float, alpha: float, cost=0.0):
     """V (B,) = sum_(i<h) gamma^i (r_i - alpha log pi_i) + gamma^h (Q(s_h, a_h) - alpha log pi_h).
 
     Also the mean entropy, and what the score function wants to know of each step. noise: (h + 1, B, act_dim).
@@ -276,7 +276,7 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
     for i, eps in enumerate(noise[:-1]):
         action, log_prob, u = actor(z, eps)
         z_next, reward, goes_on, ended = step(i, z, action)
-        gain = torch.where(running, weight * (reward - alpha * log_prob), 0.0)
+        gain = torch.where(running, weight * (reward - alpha * log_prob - gamma * (1 - goes_on) * cost), 0.0)
         visited.append(dict(z=z, u=u, log_prob=log_prob, gain=gain, weight=weight, counts=running))
         weight = torch.where(running, weight * gamma * goes_on, weight)
         z = torch.where(running[:, None], z_next, z)
@@ -327,14 +327,14 @@ def truncated_weights(log_ratio, ended):
     return weight / weight.mean().clamp_min(1e-3)
 
 
-def objective(gradient: str, actor, model, critic, segment: dict, noise, gamma: float, alpha: float):
+def objective(gradient: str, actor, model, critic, segment: dict, noise, gamma: float, alpha: float, cost=0.0):
     """What the policy's gradient is the derivative of, (B,), and the mean entropy.
 
     segment: (h, B, ...) of z, u, log_prob, reward, z_next, terminated, truncated; dp and lr take its first z only.
     """
     z, step = segment["z"][0], partial(predicted_step, model)
     if gradient == "dp":
-        return expansion(actor, critic, step, z, noise, gamma, alpha)[:2]
+        return expansion(actor, critic, step, z, noise, gamma, alpha, cost)[:2]
     if gradient == "dr":
         h = len(noise) - 1
         noise = torch.cat([actor.infer_noise(segment["z"][:h], segment["u"][:h]), noise[h:]])
@@ -422,22 +422,23 @@ if __name__ == "__main__":
             z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
         return dict(obs=obs, u=u, reward=reward, final_obs=normalizer.inverse(z_next), goes_on=goes_on)
 
-    def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
+    def critic_gradient(sample, noise, alpha, cost):  # soft Bellman targets: a real step, then the model's expansion
         batch, step = normalized(normalizer, sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
-            next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha)
-            target = batch["reward"] + args.gamma * batch["goes_on"] * next_value
+            next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha, cost)
+            target = batch["reward"] + args.gamma * (batch["goes_on"] * next_value - (1 - batch["goes_on"]) * cost)
         value_loss = (critic(batch["z"], torch.tanh(batch["u"])) - target).square().mean(1).sum()
         differentiate(value_loss, critic)
         return value_loss.detach(), target.mean()
 
-    def policy_gradient(gradient, segment, noise, alpha):
+    def policy_gradient(gradient, segment, noise, alpha, cost):
         segment = normalized(normalizer, segment)
-        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha)
+        value, entropy = objective(gradient, actor, model, critic, segment, noise, args.gamma, alpha, cost)
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
+    cost, q_mean = torch.zeros(()), torch.zeros(())
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for _ in run:
         # --- one step of every environment -----------------------------------------------------------------------
@@ -471,7 +472,9 @@ if __name__ == "__main__":
             if h and args.imagined_steps:
                 imagined = rollouts.step(lambda obs: imagine(obs, randn(len(obs), act_dim)), batch["obs"])
                 batch = {k: torch.cat([batch[k], x]) for k, x in imagined.items()}
-            value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, len(batch["u"]), act_dim), alpha)
+            value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, len(batch["u"]), act_dim), alpha, cost)
+            q_mean = 0.999 * q_mean + 0.001 * q_value
+            cost = (5 * (q_mean - 150)).clamp(0, 700)
             critic_optimizer.step()
             run.lap("critic")
 
@@ -479,7 +482,7 @@ if __name__ == "__main__":
                 continue
             now = {k: x[None] for k, x in batch.items()}
             segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else now
-            policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha)
+            policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha, cost)
             if grad_norm.isfinite():
                 actor_optimizer.step()
                 update_spectral_norm(actor.net)
@@ -490,7 +493,7 @@ if __name__ == "__main__":
             run.mean({
                 "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/q_value": q_value,
                 "losses/state_loss": losses[0], "losses/reward_loss": losses[1], "losses/termination_loss": losses[2],
-                "losses/entropy": entropy, "grad/norm_before_clip": grad_norm, "grad/nonfinite": ~grad_norm.isfinite(),
+                "losses/entropy": entropy, "losses/cost": cost, "grad/norm_before_clip": grad_norm, "grad/nonfinite": ~grad_norm.isfinite(),
             })  # fmt: skip
 
         # --- log and evaluate ------------------------------------------------------------------------------------
