@@ -68,6 +68,8 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
+    quiet_episodes: Fraction = 0.0
+    """share of the episodes without noise"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -438,6 +440,7 @@ if __name__ == "__main__":
         return -value.mean().detach(), entropy.detach(), differentiate(-value.mean(), actor, args.max_grad_norm)
 
     warm_up, then = (critic_gradient, policy_gradient), (compiled(critic_gradient), compiled(policy_gradient))
+    loud = torch.ones(args.num_envs, 1)
     cost, q_mean = torch.zeros(()), torch.zeros(())
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for _ in run:
@@ -447,12 +450,14 @@ if __name__ == "__main__":
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
                 action, log_prob = torch.tanh(u), u.new_full((args.num_envs,), -act_dim * math.log(2))
             else:
-                action, log_prob, u = act(obs, randn(args.num_envs, act_dim))
+                action, log_prob, u = act(obs, loud * randn(args.num_envs, act_dim))
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
             note(obs, reward, info["final_obs"])
         run.episodes(info)
+        over = (terminated | truncated)[:, None]
+        loud = torch.where(over, (torch.rand(args.num_envs, 1) > args.quiet_episodes).float(), loud)
         obs = next_obs
         run.lap("env")
 
