@@ -69,7 +69,9 @@ class Args(RunArgs):
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient; the model learns meanwhile"""
     quiet_episodes: Fraction = 0.0
-    """share of the episodes without noise"""
+    """share of the episodes without noise, at the end"""
+    end_cost: Rate = 1e-9
+    """price of an end by the mean target, at the end"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -456,8 +458,8 @@ if __name__ == "__main__":
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
             note(obs, reward, info["final_obs"])
         run.episodes(info)
-        over = (terminated | truncated)[:, None]
-        loud = torch.where(over, (torch.rand(args.num_envs, 1) > args.quiet_episodes).float(), loud)
+        over, progress = (terminated | truncated)[:, None], run.global_step / args.total_timesteps
+        loud = torch.where(over, (torch.rand(args.num_envs, 1) > args.quiet_episodes * progress).float(), loud)
         obs = next_obs
         run.lap("env")
 
@@ -479,7 +481,7 @@ if __name__ == "__main__":
                 batch = {k: torch.cat([batch[k], x]) for k, x in imagined.items()}
             value_loss, q_value = fit(batch, randn(1 + h * args.expand_critic, len(batch["u"]), act_dim), alpha, cost)
             q_mean = 0.999 * q_mean + 0.001 * q_value
-            cost = (5 * (q_mean - 150)).clamp(0, 700)
+            cost = args.end_cost * progress * q_mean.clamp(min=0)
             critic_optimizer.step()
             run.lap("critic")
 
