@@ -219,7 +219,7 @@ def main():
         print(f"{name} on {physics}{contacts}, {args.episodes} episodes, deterministic policy", flush=True)
         result = rollout(env, policy, args.episodes, args.seed)
         for key, unit in (
-            ("return", ""), ("successes", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad"),
+            ("return", ""), ("successes", ""), ("length", "steps"), ("speed", "m/s"), ("limit_violation", "rad or m"),
             ("penetration", "m"), ("saturation", ""),
         ):  # fmt: skip
             x = result.get(key)

@@ -105,7 +105,8 @@ class Tables:
     def __init__(self, folder: Path, args, rows: list[dict], global_step: int):
         self.folder = folder
         self.rewrite(list(rows[0]) if rows else COLUMNS, rows)
-        self.writer = SummaryWriter(str(folder), purge_step=global_step or None)
+        after = global_step + 1 if global_step else None  # the checkpoint's own row stays
+        self.writer = SummaryWriter(str(folder), purge_step=after)
         table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 

@@ -17,6 +17,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diffsim
 from diffsim.flags import RunArgs, bounds, parse
@@ -475,7 +476,9 @@ def test_resume_is_exact_and_a_policy_needs_no_script(script, arm, tmp_path):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
     program = torch.export.load(run / "policy.pt2").module()
     assert program(torch.randn(5, 6)).shape == (5, 2) and bool((program(100 * torch.randn(5, 6)).abs() <= 1).all())
-    if script == "shac.py":  # in a process that never saw the script
+    if script == "shac.py":  # in a process that never saw the script; TensorBoard has the rows of both
+        events = EventAccumulator(str(run)).Reload().Scalars("charts/SPS")
+        assert [event.step for event in events] == [int(float(row["global_step"])) for row in b]
         command = [sys.executable, "-m", "diffsim.play", str(run), "--episodes", "2", "--env", arm]
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert f"{arm} on diffsim, 2 episodes" in said
