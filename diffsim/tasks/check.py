@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffsim.mujoco_physics import quaternion_rows
 from diffsim.tasks.base import Task
 
 DIFFSIM, PACKAGES = str(Path(__file__).parents[1]), str(Path(torch.__file__).parents[1])
@@ -109,11 +110,10 @@ def state(task: Task, method: str, *args, model, count: int) -> tuple[Tensor, Te
         raise ValueError(f"{type(task).__name__}.{method} returned {what}, expected two: qpos, qvel")
     for x, rows in zip(found, (model.nq, model.nv)):
         check(task, method, x, (rows, count), model, model.dtype)
-    for g in model.groups:
-        for rows in zip(*g.qpos[-4:]) if g.kind in ("free", "ball") else ():
-            if not found[0][list(rows)].norm(dim=0).min() > 1e-6:
-                what = f"a quaternion of length 0, rows {rows[0]} to {rows[-1]} of qpos"
-                raise ValueError(f"{type(task).__name__}.{method} returned {what}; begin with model.mj_model.qpos0")
+    for row in quaternion_rows(model):
+        if found[0][row : row + 4].norm(dim=0).min() < 1e-6:
+            what = f"a quaternion of length 0, rows {row} to {row + 3} of qpos"
+            raise ValueError(f"{type(task).__name__}.{method} returned {what}; begin with model.mj_model.qpos0")
     return found
 
 
