@@ -36,7 +36,7 @@ from diffsim.replay import ReplayBuffer, Rollouts, is_quiet
 from diffsim.run import Run
 
 # isort: split
-from diffsim.flags import Count, Decay, Few, Fraction, Layers, Natural, Norm, Number, Rate, Ratio, Seed  # bounds
+from diffsim.flags import Count, Decay, Few, Fraction, Layers, Natural, Norm, Number, Rate, Ratio, Seed, Weight
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
-    alive_bonus: Number = 0.0
-    """each step earns up to this times the mean reward more, growing from 40 to 90 % of the run: ends weigh more"""
+    alive_bonus: Weight = 0.0
+    """each step earns up to this times the mean reward more, growing from 40 to 60 % of the run: ends weigh more"""
     quiet_episodes: Fraction = 0.0
     """share of episodes without noise, growing likewise: they meet what evaluations do"""
     update_ratio: Ratio = 1.0
@@ -123,7 +123,7 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, alive_bonus=3.0, quiet_episodes=1.0),  # -1: MBPO's
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, alive_bonus=2.0, quiet_episodes=0.5),  # -1: MBPO's
     "HalfCheetah-v5": dict(total_timesteps=200_000), "on diffsim": dict(num_envs=16),  # at its best with many
 }  # fmt: skip
 
@@ -438,7 +438,7 @@ if __name__ == "__main__":
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for iteration in run:
         # --- one step of every environment -----------------------------------------------------------------------
-        late = min(max(2 * iteration / num_iterations - 0.8, 0.0), 1.0)  # 0 until 40 % of the run, 1 from 90 % on
+        late = min(max(5 * iteration / num_iterations - 2, 0.0), 1.0)  # 0 until 40 % of the run, 1 from 60 % on
         bonus = args.alive_bonus * late * rewards.mean.abs()
         loud = ~is_quiet(iteration - torch.as_tensor(env.episode_length), args.quiet_episodes * late)
         with torch.no_grad():

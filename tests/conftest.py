@@ -11,6 +11,7 @@ from tests import ROOT
 
 torch.set_num_threads(1)
 diffsim.TASKS["cartpole"].max_episode_steps = 24  # of 240: what evaluates a script would take most of the suite's time
+diffsim.TASKS["cartpole"].substeps = 1  # of 4
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +57,17 @@ def reach(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def arm(reach) -> str:
-    """The same with one substep: an episode of 60 steps that runs fast uncompiled, to learn and to evaluate."""
+    """The same with one substep, in episodes of 12 steps."""
     file = reach.rpartition(":")[0]
     with open(file, "a") as f:
-        f.write("\n\nclass Arm(Reach):\n    substeps = 1\n")
+        f.write("\n\nclass Arm(Reach):\n    substeps = 1\n    max_episode_steps = 12\n")
     return f"{file}:Arm"
+
+
+@pytest.fixture(scope="session")
+def learnable(arm) -> str:
+    """The same in episodes of 60 steps: it runs fast uncompiled, and can be learned."""
+    file = arm.rpartition(":")[0]
+    with open(file, "a") as f:
+        f.write("\n\nclass Learnable(Arm):\n    max_episode_steps = 60\n")
+    return f"{file}:Learnable"

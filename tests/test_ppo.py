@@ -147,10 +147,10 @@ def test_a_batchs_epochs_stop_at_the_target_kl(tmp_path):
     assert [rows(tmp_path / x)[0]["epochs"] for x in "ab"] == ["1", "2"]
 
 
-def test_ppo_learns(arm, tmp_path):
+def test_ppo_learns(learnable, tmp_path):
     """See test_shac_learns_a_task_from_a_file; it needs more steps."""
     flags = "--num-steps 30 --total-timesteps 115200 --learning-rate 2e-3".split()
-    assert learned("ppo_baseline.py", arm, tmp_path, *flags) > -26
+    assert learned("ppo_baseline.py", learnable, tmp_path, *flags) > -26
 
 
 def test_an_environment_without_a_time_limit_is_refused():

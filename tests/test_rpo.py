@@ -275,10 +275,10 @@ def test_the_averaged_policy_is_the_one_that_is_kept(tmp_path):
     torch.testing.assert_close(between["average"].normalizer.mean, between["normalizer"].mean)
 
 
-def test_rpo_learns(arm, tmp_path):
+def test_rpo_learns(learnable, tmp_path):
     """See test_shac_learns_a_task_from_a_file."""
     flags = "--horizon 6 --total-timesteps 46080 --critic-epochs 6 --actor-learning-rate 5e-3".split()
-    assert learned("rpo_diffsim.py", arm, tmp_path, *flags) > -26
+    assert learned("rpo_diffsim.py", learnable, tmp_path, *flags) > -26
 
 
 def test_without_a_clip_an_overflowing_ratio_is_left_out():
