@@ -69,7 +69,7 @@ class Args(RunArgs):
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
     alive_bonus: Number = 0.0
-    """each step earns up to this times the mean reward more, growing from 40 to 90 % of the run: ends weigh more"""
+    """each step earns up to this times the mean reward more, growing from 40 to 60 % of the run: ends weigh more"""
     quiet_episodes: Fraction = 0.0
     """share of episodes without noise, growing likewise: they meet what evaluations do"""
     update_ratio: Ratio = 1.0
@@ -438,7 +438,7 @@ if __name__ == "__main__":
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for iteration in run:
         # --- one step of every environment -----------------------------------------------------------------------
-        late = min(max(2 * iteration / num_iterations - 0.8, 0.0), 1.0)  # 0 until 40 % of the run, 1 from 90 % on
+        late = min(max(5 * iteration / num_iterations - 2, 0.0), 1.0)  # 0 until 40 % of the run, 1 from 60 % on
         bonus = args.alive_bonus * late * rewards.mean.abs()
         loud = ~is_quiet(iteration - torch.as_tensor(env.episode_length), args.quiet_episodes * late)
         with torch.no_grad():
