@@ -10,7 +10,7 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
 
 Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
 and replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 leaves them.
-Not the paper's: --expand-critic, --imagined-steps, --alive-bonus, --quiet-episodes: see benchmarks/learned_model.md.
+Not the paper's: --expand-critic, --imagined-steps, --end-cost, --quiet-episodes: see benchmarks/learned_model.md.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -68,8 +68,8 @@ class Args(RunArgs):
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
-    alive_bonus: Weight = 0.0
-    """each step earns up to this times the mean reward more, growing from 40 to 60 % of the run: ends weigh more"""
+    end_cost: Weight = 0.0
+    """an end costs up to this times the mean reward, growing from 40 to 60 % of the run: a fall weighs more"""
     quiet_episodes: Fraction = 0.0
     """share of episodes without noise, growing likewise: they meet what evaluations do"""
     update_ratio: Ratio = 1.0
@@ -123,15 +123,14 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, alive_bonus=2.0, quiet_episodes=0.5),  # -1: MBPO's
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, end_cost=250.0, quiet_episodes=0.5),  # -1: MBPO's
     "HalfCheetah-v5": dict(total_timesteps=200_000), "on diffsim": dict(num_envs=16),  # at its best with many
 }  # fmt: skip
 
 
 def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
     """Linear layers with activations between; those of the indices `normalized` have a largest singular value of 1."""
-    layers: list[nn.Module] = []
-    normalized = normalized if args.spectral_norm else range(0)
+    layers, normalized = [], normalized if args.spectral_norm else range(0)
     for k, (i, o) in enumerate(zip(sizes[:-1], sizes[1:])):
         linear = nn.Linear(i, o)
         nn.init.orthogonal_(linear.weight, 0.01 if k == len(sizes) - 2 else 1.0 if k in normalized else 2**0.5)
@@ -204,6 +203,7 @@ class Model(nn.Module):
         self.outcomes = mlp([2 * obs_dim + act_dim, *args.outcome_hidden, 2], args)
         self.register_buffer("change", torch.ones(obs_dim))  # root mean square of s' - s
         self.register_buffer("reward", torch.tensor([0.0, 1.0]))  # mean and deviation
+        self.register_buffer("end_cost", torch.tensor(0.0))  # what an end takes from the reward, by its probability
 
     def step(self, z, action):
         return z + self.change * self.dynamics(torch.cat([z, action], -1))  # next observation (B, obs_dim)
@@ -293,9 +293,8 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
 
 def predicted_step(model, i, z, action):
     """dp, lr: the model's own next state, whose end is a probability."""
-    z_next = model.step(z, action)
-    reward, logit = model.outcome(z, action, z_next)
-    return z_next, reward, torch.sigmoid(logit), torch.zeros_like(logit, dtype=torch.bool)
+    reward, logit = model.outcome(z, action, z_next := model.step(z, action))
+    return z_next, reward - model.end_cost * torch.sigmoid(-logit), torch.sigmoid(logit), torch.zeros_like(logit).bool()
 
 
 def real_step(model, segment, i, z, action):
@@ -305,7 +304,7 @@ def real_step(model, segment, i, z, action):
     reward, logit = model.outcome(z, action, z_next)
     predicted, recorded = torch.stack([reward, torch.sigmoid(logit)]), (segment["reward"][i], (~terminated).to(z.dtype))
     reward, goes_on = torch.stack(recorded) + (predicted - predicted.detach())
-    return z_next, reward, goes_on, terminated | segment["truncated"][i]
+    return z_next, reward - model.end_cost * (1 - goes_on), goes_on, terminated | segment["truncated"][i]
 
 
 def score_surrogate(actor, critic, visited: list, alpha: float):
@@ -399,12 +398,12 @@ if __name__ == "__main__":
     act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
 
     @compiled
-    def note(obs, reward, final_obs, bonus):
+    def note(obs, reward, final_obs):
         normalizer.update(obs)
         changes.update(final_obs - obs)
         rewards.update(reward[:, None])
         model.change.copy_((changes.mean.square() + changes.var).sqrt() * torch.rsqrt(normalizer.var + 1e-5) + 1e-6)
-        model.reward.copy_(torch.cat([rewards.mean + bonus, rewards.var.sqrt() + 1e-6]))
+        model.reward.copy_(torch.cat([rewards.mean, rewards.var.sqrt() + 1e-6]))
 
     @compiled
     def model_gradient(sample, ends, share):  # one-step predictions
@@ -416,16 +415,17 @@ if __name__ == "__main__":
     def imagine(obs, noise):  # what the policy does in the model
         with torch.no_grad():
             action, _, u = actor(z := normalizer(obs), noise)
-            z_next, reward, goes_on, _ = predicted_step(model, 0, z, action)
+            reward, logit = model.outcome(z, action, z_next := model.step(z, action))
         final_obs = normalizer.mean + z_next * (normalizer.var + 1e-5).sqrt()
-        return dict(obs=obs, u=u, reward=reward, final_obs=final_obs, goes_on=goes_on)
+        return dict(obs=obs, u=u, reward=reward, final_obs=final_obs, goes_on=torch.sigmoid(logit))
 
     def critic_gradient(sample, noise, alpha):  # soft Bellman targets: a real step, then the model's expansion
         batch, step = normalizer.of(sample), partial(predicted_step, model)
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
             next_value, _, _ = expansion(actor, target_critic, step, batch["z_next"], noise, args.gamma, alpha)
-            target = batch["reward"] + args.gamma * batch["goes_on"] * next_value
+            reward = batch["reward"] - model.end_cost * (1 - batch["goes_on"])
+            target = reward + args.gamma * batch["goes_on"] * next_value
         value_loss = (critic(batch["z"], torch.tanh(batch["u"])) - target).square().mean(1).sum()
         differentiate(value_loss, critic)
         return value_loss.detach(), target.mean()
@@ -439,7 +439,7 @@ if __name__ == "__main__":
     for iteration in run:
         # --- one step of every environment -----------------------------------------------------------------------
         late = min(max(5 * iteration / num_iterations - 2, 0.0), 1.0)  # 0 until 40 % of the run, 1 from 60 % on
-        bonus = args.alive_bonus * late * rewards.mean.abs()
+        model.end_cost.copy_(args.end_cost * late * rewards.mean[0].abs())
         loud = ~is_quiet(iteration - torch.as_tensor(env.episode_length), args.quiet_episodes * late)
         with torch.no_grad():
             if run.global_step - args.num_envs < args.learning_starts:
@@ -450,7 +450,7 @@ if __name__ == "__main__":
             next_obs, reward, terminated, truncated, info = env.step(policy.scale(action))
             transition = dict(obs=obs, u=u, log_prob=log_prob, reward=reward, final_obs=info["final_obs"])
             buffer.add(**transition, terminated=terminated, truncated=truncated, goes_on=(~terminated).float())
-            note(obs, reward, info["final_obs"], bonus)
+            note(obs, reward, info["final_obs"])
         run.episodes(info)
         obs = next_obs
         run.lap("env")
@@ -459,7 +459,7 @@ if __name__ == "__main__":
         n = run.global_step - args.learning_starts
         for update in range(int(max(0, n - args.num_envs) * args.update_ratio), int(max(0, n) * args.update_ratio)):
             for _ in range(args.model_updates):
-                batch = {k: x[0] for k, x in buffer.sample(args.batch_size, bonus=bonus).items()}
+                batch = {k: x[0] for k, x in buffer.sample(args.batch_size).items()}
                 model.dynamics.train()  # power iterations, within the graph, of weights that have changed
                 losses = model_gradient(batch, *buffer.ends(args.batch_size))
                 model.dynamics.eval()
@@ -478,7 +478,7 @@ if __name__ == "__main__":
             if (update + 1) % args.policy_frequency:
                 continue
             now = {k: x[None] for k, x in batch.items()}
-            segment = buffer.sample(args.batch_size, h, args.dr_recent, bonus) if gradient == "dr" else now
+            segment = buffer.sample(args.batch_size, h, args.dr_recent) if gradient == "dr" else now
             policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()

@@ -26,14 +26,13 @@ class ReplayBuffer:
         while self.ended and self.ended[0] < (self.count - len(self)) * self.num_envs:
             self.ended.pop(0)
 
-    def sample(self, size: int, length: int = 1, recent: int | None = None, bonus=0.0) -> dict[str, torch.Tensor]:
-        """Segments of `length` successive steps, (length, size, ...), among the `recent` latest environment steps;
-        `bonus` is added to their rewards."""
+    def sample(self, size: int, length: int = 1, recent: int | None = None) -> dict[str, torch.Tensor]:
+        """Segments of `length` successive steps, (length, size, ...), among the `recent` latest environment steps."""
         held = len(self) if recent is None else min(len(self), max(recent // self.num_envs, length))
         start = self.count - held + torch.randint(held - length + 1, (size,))
         index = (start + torch.arange(length)[:, None]) % self.capacity
         env = torch.randint(self.num_envs, (size,)).expand(length, size)
-        return {k: x[index, env] + bonus if k == "reward" else x[index, env] for k, x in self.data.items()}
+        return {k: x[index, env] for k, x in self.data.items()}
 
     def ends(self, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """A sample of the terminated steps, (size, ...), and their share of all that are held.

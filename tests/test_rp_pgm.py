@@ -21,6 +21,8 @@ GAMMA, H, OBS, ACT = 0.9, 4, 3, 2
 class LinearWorld:
     """s' = A s + B a, reward -|s'|^2 - |a|^2 / 10, no end: a model and a world without error."""
 
+    end_cost = 0.0
+
     def __init__(self):
         g = torch.Generator().manual_seed(1)
         self.A = 0.9 * torch.eye(OBS, dtype=torch.float64) + 0.1 * torch.randn(OBS, OBS, generator=g).double()
@@ -206,15 +208,6 @@ def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
     assert len(other) == 0
 
 
-def test_a_bonus_is_added_to_rewards_alone():
-    buffer = rp.ReplayBuffer(20, 2)
-    for i in range(4):
-        buffer.add(reward=torch.full((2,), float(i)), terminated=torch.zeros(2).bool(), obs=torch.zeros(2, 3))
-    sample = buffer.sample(50, 2, bonus=torch.tensor([0.5]))
-    assert set(sample["reward"].flatten().tolist()) <= {0.5, 1.5, 2.5, 3.5} and not sample["obs"].any()
-    assert sample["terminated"].dtype == torch.bool and buffer.data["reward"][3, 0] == 3
-
-
 @pytest.mark.parametrize("every", [1, 17, 1000])
 def test_the_share_of_quiet_episodes(every):
     begun = every * torch.arange(1000)
@@ -225,14 +218,36 @@ def test_the_share_of_quiet_episodes(every):
     assert grows[:200].mean() < 0.2 < 0.8 < grows[-200:].mean()
 
 
-def test_the_bonus_grows_with_the_steps_and_the_model_knows_it(tmp_path):
-    """Of --alive-bonus times the size of the mean reward it is 5 x 15/30 - 2 after 15 of 30 iterations."""
-    flags = ["--env", "Pendulum-v1", *TINY, "--total-timesteps", 60, "--alive-bonus", 100, "--stop-after", 16]
+def test_the_cost_of_an_end_grows_with_the_steps_and_the_model_knows_it(tmp_path):
+    """Of --end-cost times the size of the mean reward it is 5 x 15/30 - 2 after 15 of 30 iterations."""
+    flags = ["--env", "Pendulum-v1", *TINY, "--total-timesteps", 60, "--end-cost", 100, "--stop-after", 16]
     run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path)
     saved = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
-    mean, with_bonus = saved["rewards"]["mean"][0], saved["model"]["reward"][0]
+    mean, cost = saved["rewards"]["mean"][0], saved["model"]["end_cost"]
     assert mean < 0
-    torch.testing.assert_close(with_bonus - mean, -mean * 100 * (5 * 15 / 30 - 2), rtol=0.1, atol=0)
+    torch.testing.assert_close(cost, -mean * 100 * (5 * 15 / 30 - 2), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["dp", "dr"])
+def test_an_end_costs_its_probability_times_the_cost(gradient):
+    """A world that may end at any step, and a policy that cannot help it: the expansions differ by the cost alone."""
+    torch.manual_seed(1)
+    args = rp.Args(actor_hidden=(8,), model_hidden=(8,), outcome_hidden=(8,), critic_hidden=(8,))
+    actor, model, critic = (part(OBS, ACT, args) for part in (rp.Actor, rp.Model, rp.Critics))
+    z, noise = torch.randn(50, OBS), torch.zeros(2, 50, ACT)
+    action, log_prob, u = actor(z, noise[0])
+    segment = dict(z=z, u=u, log_prob=log_prob, z_next=torch.randn(50, OBS), reward=torch.randn(50))
+    segment |= dict(terminated=torch.arange(50) % 3 == 0, truncated=torch.zeros(50).bool())
+    segment = {k: x[None].detach() for k, x in segment.items()}
+    step = rp.partial(rp.real_step, model, segment) if gradient == "dr" else rp.partial(rp.predicted_step, model)
+    without, _, _ = rp.expansion(actor, critic, step, z, noise, GAMMA, 0.1)
+    _, free, goes_on, _ = step(0, z, action)
+    model.end_cost.fill_(7.0)
+    (with_cost, _, _), (_, dear, _, _) = rp.expansion(actor, critic, step, z, noise, GAMMA, 0.1), step(0, z, action)
+    torch.testing.assert_close(without - with_cost, 7 * (1 - goes_on), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(free - dear, 7 * (1 - goes_on), atol=1e-5, rtol=1e-5)
+    if gradient == "dr":
+        torch.testing.assert_close(1 - goes_on, segment["terminated"][0].float(), atol=1e-6, rtol=0)
 
 
 def test_without_an_end_those_of_termination_have_no_share():
