@@ -69,7 +69,7 @@ class Args(RunArgs):
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
     end_cost: Weight = 0.0
-    """an end costs up to this times the mean reward, growing from 40 to 60 % of the run: a fall weighs more"""
+    """an end costs this times the mean reward at the end of the run, in proportion before: a fall weighs more"""
     quiet_episodes: Fraction = 0.0
     """share of episodes without noise, growing likewise: they meet what evaluations do"""
     update_ratio: Ratio = 1.0
@@ -123,7 +123,7 @@ class Args(RunArgs):
 # What differs from Args for an environment or an engine; flags on the command line win.
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, end_cost=250.0, quiet_episodes=0.5),  # -1: MBPO's
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, end_cost=250.0, quiet_episodes=1.0),  # -1: MBPO's
     "HalfCheetah-v5": dict(total_timesteps=200_000), "on diffsim": dict(num_envs=16),  # at its best with many
 }  # fmt: skip
 
@@ -438,9 +438,9 @@ if __name__ == "__main__":
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for iteration in run:
         # --- one step of every environment -----------------------------------------------------------------------
-        late = min(max(5 * iteration / num_iterations - 2, 0.0), 1.0)  # 0 until 40 % of the run, 1 from 60 % on
-        model.end_cost.copy_(args.end_cost * late * rewards.mean[0].abs())
-        loud = ~is_quiet(iteration - torch.as_tensor(env.episode_length), args.quiet_episodes * late)
+        progress = iteration / num_iterations
+        model.end_cost.copy_(args.end_cost * progress * rewards.mean[0].abs())
+        loud = ~is_quiet(iteration - torch.as_tensor(env.episode_length), args.quiet_episodes * progress)
         with torch.no_grad():
             if run.global_step - args.num_envs < args.learning_starts:
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
