@@ -69,9 +69,11 @@ class Args(RunArgs):
     model_warmup: Natural = 5_000
     """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
     end_cost: Weight = 0.0
-    """an end costs this times the mean reward at the end of the run, in proportion before: a fall weighs more"""
+    """what an end costs, as a multiple of the mean reward: a fall some way ahead weighs more"""
     quiet_episodes: Fraction = 0.0
-    """share of episodes without noise, growing likewise: they meet what evaluations do"""
+    """share of episodes without noise: they meet what evaluations do"""
+    growth_steps: Count = 100_000
+    """environment steps over which --end-cost and --quiet-episodes grow from nothing"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1
@@ -141,8 +143,7 @@ def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequen
 
 def squashed_log_prob(policy: Normal, u):
     """Log density (...,) of tanh(u), u (..., act_dim) a sample of the policy."""
-    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
-    return (policy.log_prob(u) - log_slope).sum(-1)
+    return (policy.log_prob(u) - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)  # - log(1 - tanh(u)^2)
 
 
 class Actor(nn.Module):
@@ -275,8 +276,7 @@ def expansion(actor, critic, step, z, noise, gamma: float, alpha: float):
     `step(i, z, action)`, of a model or of the world -> next z, reward, probability of going on, and which are over:
     they close with the value of their last state, by that probability (0 if terminated, 1 if truncated).
     """
-    running = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
-    weight, visited = torch.ones_like(z[:, 0]), []
+    running, weight, visited = torch.ones_like(z[:, 0]).bool(), torch.ones_like(z[:, 0]), []
     for i, eps in enumerate(noise[:-1]):
         action, log_prob, u = actor(z, eps)
         z_next, reward, goes_on, ended = step(i, z, action)
@@ -438,9 +438,9 @@ if __name__ == "__main__":
     randn, obs = partial(torch.randn, device=env.device), env.detach()
     for iteration in run:
         # --- one step of every environment -----------------------------------------------------------------------
-        progress = iteration / num_iterations
-        model.end_cost.copy_(args.end_cost * progress * rewards.mean[0].abs())
-        loud = ~is_quiet(iteration - torch.as_tensor(env.episode_length), args.quiet_episodes * progress)
+        grown = min(run.global_step / args.growth_steps, 1.0)
+        model.end_cost.copy_(args.end_cost * grown * rewards.mean[0].abs())
+        loud = ~is_quiet(iteration - torch.as_tensor(env.episode_length), args.quiet_episodes * grown)
         with torch.no_grad():
             if run.global_step - args.num_envs < args.learning_starts:
                 u = torch.atanh(torch.empty(args.num_envs, act_dim, device=env.device).uniform_(-0.9999, 0.9999))
@@ -495,6 +495,6 @@ if __name__ == "__main__":
 
         # --- log and evaluate ------------------------------------------------------------------------------------
         if run.last or run.passed(args.log_every) or run.passed(args.eval_every):
-            run.log({"losses/entropy_coef": temperature[0].exp()} | env.diagnostics())
+            run.log({"losses/entropy_coef": temperature[0].exp(), "model/end_cost": model.end_cost} | env.diagnostics())
         if run.last or run.passed(args.eval_every):
             run.log(evaluator(policy))

@@ -1,7 +1,7 @@
 """Bias and variance of rp_pgm_mb.py's gradient estimators, on the networks and states of its checkpoints.
 
-    python rp_pgm_mb.py --env Hopper-v5 --total-timesteps 20000 --run-dir runs/lab
-    python rp_pgm_mb.py --env Hopper-v5 --total-timesteps 20000 --no-spectral-norm --run-dir runs/lab
+    python rp_pgm_mb.py --env Hopper-v5 --total-timesteps 20000 --end-cost 0 --quiet-episodes 0 --run-dir runs/lab
+    # the same with --no-spectral-norm
     python benchmarks/gradients.py runs/lab/*                        # rows to runs/gradients.csv
     python benchmarks/gradients.py runs/lab/* --out benchmarks/probes.csv   # into what the tables are made of
 
@@ -55,17 +55,17 @@ class Lab:
             checkpoint = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")
             self.args = rp.Args(**checkpoint["args"])
             data = checkpoint["buffer"]["data"]
-        except (OSError, TypeError, KeyError):
-            sys.exit(f"gradients.py: {run} is no run folder of rp_pgm_mb.py with a checkpoint.pt")
-        sizes = data["obs"].shape[-1], data["u"].shape[-1]
-        self.actor, self.model = rp.Actor(*sizes, self.args), rp.Model(*sizes, self.args)
-        self.critic, self.normalizer = rp.Critics(*sizes, self.args), rp.Normalizer(sizes[0])
-        self.buffer = rp.ReplayBuffer(self.args.buffer_size, self.args.num_envs)
-        for name in ("actor", "model", "critic", "normalizer", "buffer"):
-            part = getattr(self, name)
-            part.load_state_dict(checkpoint[name])
-            if isinstance(part, torch.nn.Module):
-                part.eval()
+            sizes = data["obs"].shape[-1], data["u"].shape[-1]
+            self.actor, self.model = rp.Actor(*sizes, self.args), rp.Model(*sizes, self.args)
+            self.critic, self.normalizer = rp.Critics(*sizes, self.args), rp.Normalizer(sizes[0])
+            self.buffer = rp.ReplayBuffer(self.args.buffer_size, self.args.num_envs)
+            for name in ("actor", "model", "critic", "normalizer", "buffer"):
+                part = getattr(self, name)
+                part.load_state_dict(checkpoint[name])
+                if isinstance(part, torch.nn.Module):
+                    part.eval()
+        except (OSError, TypeError, KeyError, RuntimeError):  # RuntimeError: networks of another version
+            sys.exit(f"gradients.py: {run} is no run folder of this rp_pgm_mb.py with a checkpoint.pt")
         self.global_step, self.alpha = checkpoint["global_step"], float(checkpoint["temperature"]["0"].exp())
         self.batch, self.env, self.states = batch, None, []
         if self.args.physics == "diffsim":
@@ -91,7 +91,8 @@ class Lab:
         _, reward, terminated, truncated, info = self.env.step(self.policy.scale(action))
         z_next = self.normalizer(info["final_obs"])
         record.append(dict(z=z, reward=reward, z_next=z_next, terminated=terminated, truncated=truncated))
-        return z_next, reward, (~terminated).to(z.dtype), terminated | truncated
+        goes_on = (~terminated).to(z.dtype)
+        return z_next, reward - self.model.end_cost * (1 - goes_on), goes_on, terminated | truncated
 
     def through_the_simulator(self, noise) -> tuple[dict, dict]:
         """Gradients "true" and "mfg" of one draw, and its trajectories as a segment."""

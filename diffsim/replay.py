@@ -62,9 +62,15 @@ class ReplayBuffer:
 
 
 def is_quiet(begun: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
-    """Whether episodes that began at these steps, (N,), are among a share of all, by multiples of the golden ratio:
-    evenly spread, whatever the seed, and with nothing to be kept for --resume."""
-    return begun.double() * 0.6180339887498949 % 1 < share
+    """Whether the episodes of N environments that began at these iterations, (N,), are among a share of all.
+
+    By a hash of both (xor, shift and multiply, twice), so that nothing has to be kept for --resume. Multiples of an
+    irrational number would be spread more evenly, and yet stay on one side for many episodes of equal length.
+    """
+    x = begun.long() * len(begun) + torch.arange(len(begun), device=begun.device)
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    return ((x >> 16) ^ x) / 2**32 < share
 
 
 class Rollouts:

@@ -1,6 +1,7 @@
 """rp_pgm_mb.py: its estimators against closed forms and each other, and the script as a user runs it."""
 
 import csv
+import itertools
 from functools import partial
 
 import numpy as np
@@ -211,6 +212,9 @@ def test_replay_buffer_keeps_order_and_terminated_apart_from_truncated():
 @pytest.mark.parametrize("every", [1, 17, 1000])
 def test_the_share_of_quiet_episodes(every):
     begun = every * torch.arange(1000)
+    quiet = torch.cat([rp.is_quiet(x[None], 0.5) for x in begun])  # of one environment, one after the other
+    assert max(len(list(same)) for _, same in itertools.groupby(quiet.tolist())) < 16
+    assert 0.4 < rp.is_quiet(torch.full((200,), every), 0.5).float().mean() < 0.6  # of many that begin together
     for share in (0.0, 0.25, 0.9, 1.0):
         quiet = rp.is_quiet(begun, torch.full((1000,), share))
         assert abs(quiet.float().mean() - share) < 0.05, share
@@ -219,8 +223,8 @@ def test_the_share_of_quiet_episodes(every):
 
 
 def test_the_cost_of_an_end_grows_with_the_steps_and_the_model_knows_it(tmp_path):
-    """Of --end-cost times the size of the mean reward it is a half after 15 of 30 iterations."""
-    flags = ["--env", "Pendulum-v1", *TINY, "--total-timesteps", 60, "--end-cost", 100, "--stop-after", 16]
+    """Of --end-cost times the size of the mean reward it is a half after 30 of 60 steps."""
+    flags = ["--env", "Pendulum-v1", *TINY, "--growth-steps", 60, "--end-cost", 100, "--stop-after", 15]
     run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path)
     saved = torch.load(next(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
     mean, cost = saved["rewards"]["mean"][0], saved["model"]["end_cost"]
@@ -485,7 +489,7 @@ def test_through_the_simulator_the_score_function_agrees_with_the_true_gradient(
     batch, h = 2048, 3
     lab = Lab.__new__(Lab)  # without a checkpoint
     lab.env = env = diffsim.make("cartpole", batch, compile=False)
-    lab.actor, lab.normalizer = actor, _ = rp.Actor(5, 1, args), rp.Normalizer(5)
+    lab.actor, lab.normalizer, lab.model = actor, _, _ = rp.Actor(5, 1, args), rp.Normalizer(5), rp.Model(5, 1, args)
 
     def critic(z, action):
         return (3 * z.sum(-1) - (action[:, 0] - 1).square()).expand(2, -1)
