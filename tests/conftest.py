@@ -61,13 +61,11 @@ def arm(reach) -> str:
     file = reach.rpartition(":")[0]
     with open(file, "a") as f:
         f.write("\n\nclass Arm(Reach):\n    substeps = 1\n    max_episode_steps = 12\n")
+        f.write("\n\nclass Learnable(Arm):\n    max_episode_steps = 60\n")
     return f"{file}:Arm"
 
 
 @pytest.fixture(scope="session")
 def learnable(arm) -> str:
     """The same in episodes of 60 steps: it runs fast uncompiled, and can be learned."""
-    file = arm.rpartition(":")[0]
-    with open(file, "a") as f:
-        f.write("\n\nclass Learnable(Arm):\n    max_episode_steps = 60\n")
-    return f"{file}:Learnable"
+    return arm.replace(":Arm", ":Learnable")
