@@ -357,9 +357,9 @@ class Run:
         if tty or evaluated or self.iteration == 0 or time.time() - self.shown > 5:
             share, self.shown = (self.iteration + 1) / self.total, time.time()
             bar = f"\r[{'#' * int(20 * share):<20}] " if tty else ""
-            text = "  ".join(f"{column(t)} {round(x, 2)}" for t, x in numbers.items() if t.endswith(("_return", "SPS")))
-            end = "\n" if evaluated or not tty else ""
-            self._say(f"{bar}step {self.global_step:>9,}  {text}  {wall:.0f} s", end=end)
+            shown = {column(t): x for t, x in numbers.items() if t.endswith(("_return", "SPS"))}
+            text = "  ".join(f"{name} {x:.{2 * (abs(x) < 100)}f}" for name, x in shown.items())
+            self._say(f"{bar}step {self.global_step:>9,}  {text}  {wall:.0f} s", end="\n" * (evaluated or not tty))
 
     # --- files ----------------------------------------------------------------------------------------------------
     def save(self):

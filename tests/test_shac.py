@@ -176,7 +176,7 @@ def learned(script, env, tmp_path, *flags) -> float:
     out = run_script(script, "--env", env, *learn, "--run-dir", tmp_path, *flags)
     run = the_run(tmp_path)
     (told,) = (float(r["eval_return"]) for r in rows(tmp_path) if r["eval_return"])
-    assert f"eval_return {round(told, 2)}" in out
+    assert f"eval_return {told:.2f}" in out
     policy, name = load_policy(run)
     again = float(evaluate(playback_env(name, 128), policy, 128).mean())
     assert name == env and again == pytest.approx(told, rel=1e-3)
