@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import diffsim
 from diffsim.gymnasium_env import is_gymnasium_id
 from diffsim.play import load_policy, playback_env, rollout
+from diffsim.run_files import write_whole
 
 FOLDERS = ROOT / "runs" / "benchmarks"
 ALGORITHMS = {"rpo_diffsim": "RPO", "shac": "SHAC", "ppo_baseline": "PPO", "rp_pgm_mb": "RP-PGM"}
@@ -77,6 +78,8 @@ class Args:
     """train again what was trained by a commit that is neither this one nor comes after it"""
     all: bool = False
     """the runs of PLAN in train.py, instead of those of envs, scripts, seeds, flags and tag"""
+    dry_run: bool = False
+    """only say which runs these would be, and how long they would take"""
     part: tuple[int, int] = (1, 1)
     """i n: the i-th of n parts of the runs, for n of these programs side by side, each with --results of its own"""
 
@@ -162,10 +165,8 @@ def put(path: Path, new: pd.DataFrame, digits: int):
     old = read(path)
     rows = pd.concat([old[~old.run.isin(new.run)], new]).sort_values("run", kind="stable").fillna("")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"tmp-{path.name}")
     zipped = dict(method="gzip", mtime=0) if path.suffix == ".gz" else None  # same rows, same bytes
-    rows.to_csv(temporary, index=False, compression=zipped)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: rows.to_csv(temporary, index=False, compression=zipped))
 
 
 def variants(args: Args) -> list[Args]:
@@ -187,21 +188,19 @@ def planned(args: Args) -> list[dict]:
     if bool(flags) != bool(args.tag) or "__" in args.tag:
         sys.exit("train.py: --tag names the variant that --flags make: give both, or neither; no __ in it")
     known, jobs = read(args.results / "runs.csv"), []
-    done = dict(zip(known.run, known.get("flags", [])))
-    commits = dict(zip(known.run, known.get("commit", [])))
+    done, commits = (dict(zip(known.run, known.get(key, []))) for key in ("flags", "commit"))
     for env, seed, script in product(args.envs, args.seeds, args.scripts):
         if not (ROOT / f"{script}.py").exists():
             sys.exit(f"train.py: there is no {script}.py")
         name = f"{env.split(':')[-1]}__{script}{args.tag and '-' + args.tag}__{seed}"
-        other = done.get(name, flags) != flags
-        if other and not args.all:
+        if (other := done.get(name, flags) != flags) and not args.all:
             sys.exit(f"train.py: {args.results} has {name} with flags '{done[name]}'; use another --tag")
         stale = args.again or other or args.since and not descends(commits.get(name, ""), args.since)
         if name in done and not stale:
             args.all or print(f"{name}: {args.results} has it; --again replaces it", flush=True)
             continue
-        known_as = dict(run=name, env=env, script=script, algorithm=algorithm(script, flags))
-        jobs.append(known_as | dict(tag=args.tag, seed=seed, flags=flags))
+        job = dict(run=name, env=env, script=script, tag=args.tag, seed=seed, flags=flags)
+        jobs.append(job | dict(algorithm=algorithm(script, flags)))
     return jobs
 
 
@@ -228,13 +227,14 @@ def main(args: Args):
     if not 1 <= args.part[0] <= args.part[1]:
         sys.exit(f"train.py: --part {args.part[0]} {args.part[1]} is no part; the first of two is --part 1 2")
     jobs = [job for variant in variants(args) for job in planned(variant)][args.part[0] - 1 :: args.part[1]]
+    if args.dry_run:
+        return print(*[job["run"] for job in jobs], duration(jobs), sep="\n")
     if args.all:
         print(f"{duration(jobs)}; the same command goes on after the last run that was over", flush=True)
     failed = []
     for job in jobs:
         print(f"{job['run']}: training, its log is {FOLDERS / job['run'] / 'log.txt'}", flush=True)
-        folder = train(job)
-        if folder is None:
+        if (folder := train(job)) is None:
             failed.append(job["run"])
             print(f"{job['run']}: failed, see {FOLDERS / job['run'] / 'log.txt'}", flush=True)
             continue

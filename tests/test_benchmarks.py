@@ -389,9 +389,12 @@ def test_train_all_goes_on_and_makes_old_rows_anew(trained, monkeypatch, tmp_pat
     everything = dict(all=True, results=tmp_path / "results")
     train.main(train.Args(**everything, part=(2, 2)))
     assert trained == ["ant__shac__2", "hopper__shac__2"]
-    train.main(train.Args(**everything))
-    assert trained[2:] == ["ant__shac__1", "hopper__shac__1", "ant__shac-sapo__1"]
     assert re.search(r"^2 runs, 0\.\d hours", capsys.readouterr().out)
+    rest = ["ant__shac__1", "hopper__shac__1", "ant__shac-sapo__1"]
+    train.main(train.Args(**everything, dry_run=True))
+    assert trained[2:] == [] and capsys.readouterr().out.splitlines()[:3] == rest
+    train.main(train.Args(**everything))
+    assert trained[2:] == rest
     train.main(train.Args(**everything, since="HEAD"))  # all are of commit 1234567
     assert len(trained) == 10 and len(pd.read_csv(tmp_path / "results" / "runs.csv")) == 5
     monkeypatch.setattr(train, "descends", lambda commit, since: True)
