@@ -1,6 +1,7 @@
 """MJCF -> the constant tensors of a Model. MuJoCo parses the file and computes masses; here they are laid out."""
 
 import warnings
+from numbers import Real
 
 import mujoco
 import numpy as np
@@ -26,8 +27,15 @@ def load_model(xml, *, device="cpu", dtype=torch.float32, timestep=None, softnes
     `collisions`: whether bodies touch each other, too, not the ground alone (see README.md for which do).
     Raises: ValueError when MuJoCo cannot read it, UnsupportedError naming the first element diffsim lacks.
     """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype!r}; it must be torch.float32 or torch.float64")
+    if softness is not None and not isinstance(softness, Softness):
+        raise ValueError(f"softness is {softness!r}; it must be a diffsim.Softness")
+    if timestep is not None and (isinstance(timestep, bool) or not isinstance(timestep, Real)):
+        raise ValueError(f"timestep is {timestep!r}; it must be a number, in seconds")
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError
     except (RuntimeError, TypeError, AssertionError):
         raise ValueError(f"unknown device '{device}', or one that is not here; use cpu or cuda") from None
     mj_model, name = read(xml)
@@ -254,12 +262,14 @@ class _Builder:
                 name = m.geom(geom).name or f"geom {geom}"
                 found += [(name, x, radius + margin, ground, k, damping, friction) for x in points]
 
-        # A sphere inside another of the same link can never be the one that touches first.
         def hidden(i, a):
-            return any(
-                (inside := np.linalg.norm(a[1] - b[1]) + a[2] - b[2]) < -1e-9 or (abs(inside) <= 1e-9 and j < i)
-                for j, b in enumerate(found) if j != i and (a[3], a[6]) == (b[3], b[6])  # ground, friction
-            )  # fmt: skip
+            """Inside another sphere of the link, as stiff and with as much friction: that one touches first."""
+            for j, b in enumerate(found):
+                if j != i and (a[3], a[6]) == (b[3], b[6]) and a[4] <= b[4]:  # ground, friction, k
+                    sticks_out = np.linalg.norm(a[1] - b[1]) + a[2] - b[2]
+                    if sticks_out < -1e-9 or (sticks_out <= 1e-9 and j < i):
+                        return True
+            return False
 
         return [a for i, a in enumerate(found) if not hidden(i, a)]
 
@@ -272,13 +282,13 @@ class _Builder:
         return self.margin(geom, other), k, damping, self.friction(geom, other)
 
     def inverse_weight(self, geom) -> float:
-        """MuJoCo's of its body, 1/kg. Where that is near 0, as the joints cannot move the centre of mass (a turret, a
-        pinned wheel), it is that of all that moves with the body set free: else contacts would act at any distance."""
+        """MuJoCo's of its body, 1/kg. It is 0 where the joints cannot move the centre of mass (a turret, a pinned wheel),
+        and then contacts would act at any distance: at least a twentieth of what it is with all that moves set free."""
         m, body = self.m, self.m.geom_bodyid[geom]
         if m.body_weldid[body] == 0:
             return 0.0
         free = 1 / max(m.body_subtreemass[m.body_rootid[body]], 1e-9)
-        return m.body_invweight0[body, 0] if m.body_invweight0[body, 0] > 0.05 * free else free
+        return max(m.body_invweight0[body, 0], 0.05 * free)
 
     def margin(self, geom, plane) -> float:
         m = self.m

@@ -59,7 +59,7 @@ def pattern(groups: list[Group], ends: list[tuple[int, int]], device, dtype) -> 
     dofs: list[list[int]] = []  # that move it
     for k, up in enumerate(parent):
         own = [j for j, link in enumerate(moved) if link == k]
-        root.append(k if up is None else root[up])
+        root.append(k if up is None or groups[links[k][0]].shifts_tree else root[up])  # a slide moves the origin
         dofs.append(own if up is None else own + dofs[up])
     above = [(i, j) for j, link in enumerate(moved) for i in dofs[link] if i >= j]
     pairs, met = list(dict.fromkeys(ends)), {}
@@ -95,7 +95,7 @@ def pattern(groups: list[Group], ends: list[tuple[int, int]], device, dtype) -> 
         pair=index(*map(pairs.index, ends)),
         summand=index(*summand), summand_sign=signs(*summand_sign), sum=index(*of_sum), sums=len(sums),
         dof=index(*(j for j, _ in twists)),
-        shift=None if all(root[moved[j]] == tree for j, tree in twists) else shift,
+        shift=shift if len({root[k] for end in ends for k in end}) > 1 else None,
         product=tuple(index(*x) for x in zip(*products)),
         left=index(*left), right=index(*right), sign=signs(*sign), entries=index(*places),
     )  # fmt: skip

@@ -147,9 +147,12 @@ class Step(torch.autograd.Function):
 
 
 # --- public functions -------------------------------------------------------------------------------------------
-def check_rows(**arrays: tuple[Tensor, int]):
-    """One line for an array that is not (rows, environments), or of other environments than the first."""
+def check_rows(model: Model, **arrays: tuple[Tensor, int]):
+    """One line for an array that is not (rows, environments) of the model's dtype, or not of as many as the first."""
     for name, (x, rows) in arrays.items():
+        if not isinstance(x, Tensor) or x.dtype != model.dtype:
+            kind = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(f"{name} is {kind}, the model is {model.dtype}: tensors, and load_model's dtype, must agree")
         if x.dim() != 2 or x.shape[0] != rows:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({rows}, environments)")
     batches = {name: x.shape[1] for name, (x, _) in arrays.items()}
@@ -162,7 +165,7 @@ def step(model: Model, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor
 
     Differentiable once, in reverse mode, in all three. Raises ValueError for a wrong shape.
     """
-    check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv), ctrl=(ctrl, model.nu))
+    check_rows(model, qpos=(qpos, model.nq), qvel=(qvel, model.nv), ctrl=(ctrl, model.nu))
     return Step.apply(qpos, qvel, ctrl, Eager(model), 1)
 
 
@@ -171,7 +174,7 @@ def mass_matrix(model: Model, qpos: Tensor) -> Tensor:
 
     Units kg, kg m or kg m^2, as the dofs of row and column move or turn. Raises ValueError for a wrong shape.
     """
-    check_rows(qpos=(qpos, model.nq))
+    check_rows(model, qpos=(qpos, model.nq))
     nv, batch = model.nv, qpos.shape[1]
     unit = torch.eye(nv, device=qpos.device, dtype=qpos.dtype).repeat(1, batch)  # (nv, B nv): columns of every M
     q, v = split(qpos.repeat_interleave(nv, 1), model.qpos_rows), split(unit, model.dof_rows)
@@ -188,7 +191,7 @@ def bias_force(model: Model, qpos: Tensor, qvel: Tensor) -> Tensor:
 
     Raises ValueError for a wrong shape.
     """
-    check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
+    check_rows(model, qpos=(qpos, model.nq), qvel=(qvel, model.nv))
     q, v = split(qpos, model.qpos_rows), split(qvel, model.dof_rows)
     frames = forward_kinematics(model, q)
     terms = assemble(model.without_contacts(), frames, q, v, v, 1.0).groups  # h = 1 s: impulse = momentum - bias
@@ -203,7 +206,7 @@ def contact_points(model: Model, qpos: Tensor, qvel: Tensor) -> tuple[Tensor, Te
     The force is that on the geom, of a pair on the first.
     Of qpos (nq, B), qvel (nv, B). Raises ValueError for a wrong shape.
     """
-    check_rows(qpos=(qpos, model.nq), qvel=(qvel, model.nv))
+    check_rows(model, qpos=(qpos, model.nq), qvel=(qvel, model.nv))
     frames = forward_kinematics(model, split(qpos, model.qpos_rows))
     velocities = twists(model, frames, split(qvel, model.dof_rows))
     found = []

@@ -50,6 +50,11 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         dtype: torch.dtype = torch.float32,
         softness: Softness | None = None,
     ):
+        if not isinstance(task, Task):
+            raise ValueError(f"task is {task!r}; it must be a diffsim.Task. diffsim.make finds one by its name")
+        for name, value in (("physics", physics), ("derivative", derivative)):
+            if value not in ("diffsim", "mujoco"):
+                raise ValueError(f"{name} is {value!r}; it must be diffsim or mujoco")
         check_settings(task)
         warn_of_typos(task)
         self.task, self.num_envs = task, num_envs
@@ -201,6 +206,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         Raises ValueError, one line, for a method of the task that fails on tensors that carry a gradient, or
         where neither reward nor observation has one.
         """
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; it must be at least 1")
         check_methods(self.task, self.model, differentiable=True)
         name = f"{type(self.task).__name__}.{reward_method(self.task)}"
         generator, shape = torch.Generator(device=self.device).manual_seed(0), (steps, self.model.nu, self.num_envs)

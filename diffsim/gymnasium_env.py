@@ -37,6 +37,8 @@ class GymnasiumEnv:
     """
 
     with_gradient: str | None = None
+    metadata, spec = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}, None  # as gymnasium.make_vec asks
+    unwrapped = property(lambda self: self)
 
     def __init__(self, name: str, num_envs: int = 1, seed: int = 0, unit_actions: bool = False, **kwargs):
         memory.check(num_envs, 100_000)

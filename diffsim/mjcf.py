@@ -93,6 +93,8 @@ def quiet_mujoco():
 
 def read(xml) -> tuple[mujoco.MjModel, str]:
     """The compiled model of an MJCF file or string, and its name. Raises ValueError, one line."""
+    if not isinstance(xml, (str, Path)):
+        raise ValueError(f"cannot read MJCF from a {type(xml).__name__}: give its path or its text")
     text = isinstance(xml, str) and "<" in xml
     name = "<string>" if text else " ".join(str(xml)[:200].split())
     try:

@@ -41,7 +41,7 @@ class Softness:
 
     def __post_init__(self):
         for name, x in asdict(self).items():
-            if not (isinstance(x, Real) and (0 < x < inf or (name, x) == ("release_depth", inf))):
+            if isinstance(x, bool) or not (isinstance(x, Real) and (0 < x < inf or (name, x) == ("release_depth", inf))):
                 raise ValueError(f"{name} of the softness is {x!r}; it must be above 0, and finite")
 
     def widened(self, factor: float) -> "Softness":

@@ -56,7 +56,7 @@ class DiffsimPhysics:
     def step(self, qpos: Tensor, qvel: Tensor, ctrl: Tensor) -> tuple[Tensor, Tensor]:
         """(nq, B), (nv, B) and controls (nu, B) -> qpos, qvel after `substeps`. Raises ValueError for other shapes."""
         m = self.model
-        check_rows(qpos=(qpos, m.nq), qvel=(qvel, m.nv), ctrl=(ctrl, m.nu))  # C++ would read elsewhere
+        check_rows(m, qpos=(qpos, m.nq), qvel=(qvel, m.nv), ctrl=(ctrl, m.nu))  # C++ would read elsewhere
         return Step.apply(qpos, qvel, ctrl, self.engine, self.substeps)
 
 

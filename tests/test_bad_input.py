@@ -343,13 +343,25 @@ env.reset(options=["stagger"]) | options
 load_model("nowhere.xml") | nowhere.xml
 load_model("<mujoco>") | XML
 load_model("") | MJCF ''
-load_model(3) | MJCF 3
+load_model(3) | MJCF from a int
+load_model(ARM, timestep="0.01") | timestep is '0.01'
+load_model(ARM, timestep=True) | timestep is True
+load_model(ARM, dtype=torch.float16) | dtype is torch.float16
+load_model(ARM, softness=2.4) | softness is 2.4
+load_model(ARM, device="meta") | device 'meta'
+diffsim.step(load_model(ARM), *(torch.zeros(1, 2).double(),) * 3) | qpos is torch.float64, the model is torch.float32
+diffsim.mass_matrix(load_model(ARM), [[0.0]]) | qpos is a list
+diffsim.DiffEnv("cartpole") | task is 'cartpole'
+diffsim.DiffEnv(diffsim.TASKS["cartpole"](), physics="gymnasium") | physics is 'gymnasium'
+diffsim.DiffEnv(diffsim.TASKS["cartpole"](), physics="mujoco", derivative="none") | derivative is 'none'
+env.check_gradient(0) | steps is 0
 load_model("<mujoco/>") | joint
 load_model(ARM, timestep=0) | timestep
 load_model(ARM, timestep=nan) | timestep
 load_model(ARM, device="tpu") | device
 Softness(stiffness=0) | stiffness
 Softness(stiffness=nan) | stiffness
+Softness(stiffness=True) | stiffness
 Softness(limit_stiffness=-1) | limit_stiffness
 Softness(release_depth=nan) | release_depth
 Softness().widened(0) | contact_width

@@ -244,12 +244,48 @@ def test_what_touches_and_what_is_left_out():
     assert model.links is None and {*model.contact_names} == {"left on ball", "hand on ball", "finger on ball"}
 
 
+PLANAR = (
+    '<body pos="0 0 {0}"><joint type="slide" axis="1 0 0"/><joint type="slide" axis="0 0 1"/><joint axis="0 1 0"/>'
+    '<geom type="capsule" size=".05" fromto="0 0 0 .3 0 0" mass="1"/></body>'
+)
+
+
+def test_planar_robots_touch_in_the_same_way_at_any_height():
+    """Two slides of one body: the origin of a tree is where the last one has brought it."""
+    model, found = load(WORLD.format(PLANAR.format(1) + PLANAR.format(1.09), g=0, end="")), []
+    speeds, free = torch.tensor([0.3, 1, 0.5, -0.2, -1, 0.1]).double()[:, None], torch.zeros(0, 1).double()
+    for height in (0.0, 0.5, 2.0):
+        start = torch.tensor([0, height, 0.05, 0.1, height, -0.05]).double()[:, None]
+        qpos, qvel = start, speeds
+        for _ in range(20):
+            qpos, qvel = diffsim.step(model, qpos, qvel, free)
+
+        def end(qvel, start=start):
+            return diffsim.step(model, start, qvel, free)[1].sum()
+
+        x = speeds.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(end(x), x)
+        aside = torch.eye(6).double()[:, [1]] * 1e-6
+        assert float(slope[1]) == pytest.approx(float(end(speeds + aside) - end(speeds - aside)) / 2e-6, rel=1e-6)
+        found.append(torch.cat([qvel, slope]))
+    assert (found[0][:6] - speeds).norm() > 1  # they met
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+    assert_is_the_dense_equation(model, qpos, qvel, torch.zeros(6, 1).double())
+
+
 def test_a_humanoid_whose_limbs_touch(tmp_path):
     """As diffsim/README.md has it."""
     text = (ROOT / "diffsim/README.md").read_text().split("legs touch each other:\n\n")[1].split("\n\n`mjcf.py`")[0]
     (tmp_path / "my_task.py").write_text(textwrap.dedent(text))
     env = diffsim.make(f"{tmp_path}/my_task.py:SelfColliding", num_envs=2, seed=1, compile=False)
     env.reset()
+    of_ground = [i for i, name in enumerate(env.model.contact_names) if " on " not in name]
+    gap, _ = contact_points(env.model, env.qpos, env.qvel)  # only the ground raises a start
+    assert bool((gap[of_ground].amin(0) > -1e-6).all())
+    low = diffsim.make("humanoid", num_envs=2, seed=1, compile=False)
+    low.reset()
+    torch.testing.assert_close(env.qpos, low.qpos)
     action = torch.zeros(2, env.model.nu, requires_grad=True)
     env.step(action)[1].sum().backward()
     assert len(env.model.links.index[0]) == 36 and torch.isfinite(action.grad).all()

@@ -344,7 +344,7 @@ def beside_mujoco(xml: str, ctrl: list[float], steps: int, qpos=0.0):
     model = diffsim.load_model(xml, dtype=torch.float64)
     q, v = (torch.full((n, 1), x).double() for n, x in ((model.nq, qpos), (model.nv, 0.0)))
     data = mujoco.MjData(model.mj_model)
-    data.ctrl, data.qpos = ctrl, qpos
+    data.ctrl[:], data.qpos[:] = ctrl, qpos
     for _ in range(steps):
         q, v = diffsim.step(model, q, v, torch.tensor(ctrl).double()[:, None])
         mujoco.mj_step(model.mj_model, data)
@@ -364,6 +364,26 @@ def test_a_body_that_turns_about_its_centre_turns_above_the_ground(height, joint
     ours, theirs = beside_mujoco(xml, [ctrl], 100)
     assert theirs > 0.05
     np.testing.assert_allclose(ours, theirs, rtol=0.01)
+
+
+def test_a_geared_joint_presses_as_a_heavy_body():
+    """Armature makes the arm heavier at its tip than all its mass: contacts are as stiff as that asks for."""
+    xml = """<mujoco><option timestep=".002"/><worldbody><geom type="plane" size="1 1 1"/><body pos="0 0 .05">
+    <joint name="j" axis="0 1 0" armature="30"/><geom type="capsule" fromto="0 0 0 1 0 0" size=".02" mass="1" contype="0"
+    conaffinity="0"/><geom pos="1 0 0" size=".05" mass=".01"/></body></worldbody><actuator><motor joint="j"/></actuator>
+    </mujoco>"""
+    ours, theirs = beside_mujoco(xml, [300.0], 1500)
+    assert 0 < theirs < 1e-3 and 0 < ours < 2e-3  # rad
+
+
+def test_a_hard_core_in_a_soft_skin_carries():
+    xml = """<mujoco><option timestep=".002"/><worldbody><geom type="plane" size="1 1 1"/><body pos="0 0 .1">
+    <joint type="slide" axis="0 0 1"/><geom name="skin" size=".1" mass="1" solref=".5 1"/>
+    <geom name="core" size=".095" mass="1e-6" solref=".01 1"/><geom name="within" size=".05" mass="1e-6" solref=".5 1"/>
+    </body></worldbody></mujoco>"""
+    ours, theirs = beside_mujoco(xml, [], 1500)
+    assert diffsim.load_model(xml).contact_names == ["skin", "core"]
+    np.testing.assert_allclose(ours, theirs, atol=0.005)
 
 
 def test_a_short_slide_closes():

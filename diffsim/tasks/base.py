@@ -76,9 +76,10 @@ def uniform(model, rows: int, count: int, width: float, generator: torch.Generat
 def lift(model, qpos: Tensor, row: int) -> Tensor:
     """Raise starts that reach into the ground onto it (row: the height in qpos): contact would throw them off it."""
     gap, _ = contact_points(model, qpos, qpos.new_zeros(model.nv, qpos.shape[1]))
-    if len(gap):
+    of_ground = [i for g in model.groups if g.contacts for rows in g.contacts.index for i in rows if i >= 0]
+    if of_ground:
         qpos = qpos.clone()
-        qpos[row] -= gap.amin(0).clamp(max=0.0)
+        qpos[row] -= gap[of_ground].amin(0).clamp(max=0.0)
     return qpos
 
 
