@@ -14,7 +14,6 @@ go through tanh. Runs on diffsim's tasks, on MuJoCo's physics, and on Gymnasium'
 """
 
 import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -211,7 +210,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, lam: 
 
 def clipped_surrogate_loss(log_ratio, advantage, clip_coef: float):
     """Clipped surrogate of each sample, to be minimised (PPO, eq. 7)."""
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=10).exp()  # an infinite one has the gradient nan
     return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef))
 
 
@@ -244,6 +243,8 @@ if __name__ == "__main__":
     return_scale = ReturnScale(env.num_envs, args.gamma).to(env.device)
     policy = DeterministicPolicy(normalizer, agent, env.single_action_space).to(env.device)
     run.restore(policy, env, agent=agent, optimizer=optimizer, normalizer=normalizer, return_scale=return_scale)
+    if args.resume and args.physics == "gymnasium":
+        return_scale.returns.zero_()  # its episodes start anew
 
     for iteration in run:
         if args.anneal_lr and args.desired_kl is None:
@@ -251,18 +252,17 @@ if __name__ == "__main__":
         learning_rate = optimizer.param_groups[0]["lr"]
 
         # --- rollout: forward only -------------------------------------------------------------------------------
-        obs, batch = env.detach(), defaultdict(list)
+        obs, steps = env.detach(), []
         with torch.no_grad():
             for _ in range(args.num_steps):
                 dist = agent(normalizer(obs))
                 action = dist.mean + dist.stddev * torch.randn_like(dist.mean)
                 next_obs, reward, terminated, truncated, info = env.step(action)
-                transition = dict(obs=obs, action=action, reward=reward, final_obs=info["final_obs"])
-                for key, x in (transition | dict(terminated=terminated, truncated=truncated)).items():
-                    batch[key].append(x)
+                step = dict(obs=obs, action=action, reward=reward, terminated=terminated, truncated=truncated)
+                steps.append(step | dict(final_obs=info["final_obs"]))
                 run.episodes(info)
                 obs = next_obs
-            batch = {key: torch.stack(x) for key, x in batch.items()}  # (T, N, ...)
+            batch = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}  # (T, N, ...)
             ends = batch["terminated"], batch["truncated"]
             inputs = normalizer(batch["obs"])
             values, next_values = agent.value(inputs), agent.value(normalizer(batch["final_obs"]))

@@ -337,8 +337,7 @@ def objective(gradient: str, actor, model, critic, segment: dict, noise, gamma: 
     if gradient == "dp":
         return expansion(actor, critic, step, z, noise, gamma, alpha)[:2]
     if gradient == "dr":
-        h = len(noise) - 1
-        noise = torch.cat([actor.infer_noise(segment["z"][:h], segment["u"][:h]), noise[h:]])
+        noise = torch.cat([actor.infer_noise(segment["z"], segment["u"]), noise[-1:]])
         value, _, _ = expansion(actor, critic, partial(real_step, model, segment), z, noise, gamma, alpha)
         with torch.no_grad():  # recorded actions are older policies': they count less, and say nothing of the entropy
             _, log_prob, _ = actor(z, torch.randn_like(segment["u"][0]))
@@ -360,9 +359,10 @@ def differentiate(loss, module: nn.Module, max_norm: float = math.inf):
 if __name__ == "__main__":
     args = parse(Args, DEFAULTS, one_process=True)
     starts, num_iterations = args.learning_starts, max(1, args.total_timesteps // args.num_envs)
-    if min(starts, args.buffer_size) <= args.unroll * args.num_envs or starts >= num_iterations * args.num_envs:
-        given = f"--learning-starts {starts}, --buffer-size {args.buffer_size}"
-        fail(f"{given} must lie above --unroll x --num-envs, and the first below --total-timesteps")
+    if min(starts, args.buffer_size) <= args.unroll * args.num_envs:
+        fail(f"--learning-starts {starts}, --buffer-size {args.buffer_size} must lie above --unroll x --num-envs")
+    if starts >= num_iterations * args.num_envs:
+        fail(f"--learning-starts {starts} must lie below --total-timesteps {args.total_timesteps}")
     run = Run(args, num_iterations, args.num_envs, episodes=20)
 
     with one_line_errors():
@@ -384,7 +384,7 @@ if __name__ == "__main__":
     model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
     temperature = nn.ParameterList([torch.tensor(args.entropy_coef).log()]).to(env.device)
     temperature_optimizer = torch.optim.Adam(temperature, args.actor_learning_rate * args.learn_entropy_coef)
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs)
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, env.device)
     rollouts = Rollouts(8 * args.batch_size, args.imagined_steps, env.detach())
     run.restore(policy, env, actor=actor, average=average, model=model, critic=critic, target_critic=target_critic,
         normalizer=normalizer, changes=changes, rewards=rewards, temperature=temperature, buffer=buffer,

@@ -17,7 +17,6 @@ One epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not 
 import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
 import copy
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -310,23 +309,22 @@ if __name__ == "__main__":
             adam.param_groups[0]["lr"] = min(rate, low + left * (rate - low) if linear else low * (rate / low) ** left)
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
-        obs, window = env.detach(), defaultdict(list)
+        obs, steps = env.detach(), []
         for _ in range(args.horizon):
             dist = actor(normalizer(obs))
             u = dist.mean + dist.stddev * torch.randn_like(dist.mean)
             next_obs, reward, terminated, truncated, info = env.step(torch.tanh(u))
-            transition = dict(obs=obs, u=u, reward=reward, final_obs=info["final_obs"])
-            for key, x in (transition | dict(terminated=terminated, truncated=truncated)).items():
-                window[key].append(x)
+            step = dict(obs=obs, u=u, reward=reward, terminated=terminated, truncated=truncated)
+            steps.append(step | dict(final_obs=info["final_obs"]))
             run.episodes(info)
             obs = next_obs
-        us, window = window["u"], {key: torch.stack(x) for key, x in window.items()}  # (H, N, ...)
+        window = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}  # (H, N, ...)
         ends = window["terminated"], window["truncated"]
 
         # --- gradients: one backward pass through physics --------------------------------------------------------
         next_values = target_critic(normalizer(window["final_obs"]))  # (num_critics, H, N)
         returns = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, lam)
-        g = action_gradients(returns, us, *ends, lam)
+        g = action_gradients(returns, [step["u"] for step in steps], *ends, lam)
         nonfinite = ~(g.square().sum(-1, keepdim=True) < 1e30)  # nan, infinite or nearly so
         g = torch.where(nonfinite, 0.0, g).flatten(0, 1)  # (H N, act_dim)
         g_norm = g.norm(dim=-1).mean()
@@ -380,10 +378,9 @@ if __name__ == "__main__":
                 critic_optimizer.step()
                 run.mean({"losses/value_loss": value_loss / args.num_critics})
         with torch.no_grad():
-            for slow, fast in zip(target_critic.parameters(), critic.parameters()):
-                slow.lerp_(fast, 1 - args.target_alpha)
-            for slow, fast in zip(average.parameters(), policy.parameters()):
-                slow.lerp_(fast, 1 - args.policy_average)
+            for slow, fast, kept in (target_critic, critic, args.target_alpha), (average, policy, args.policy_average):
+                for x, new_x in zip(slow.parameters(), fast.parameters()):
+                    x.lerp_(new_x, 1 - kept)
         normalizer.update(window["obs"].flatten(0, 1))
         average.normalizer.load_state_dict(normalizer.state_dict())
         run.lap("critic")

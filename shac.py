@@ -18,7 +18,6 @@ ICLR 2025, arXiv 2412.12089; its targets are of the critics' least). RPO is what
 import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
 import copy
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -276,22 +275,20 @@ if __name__ == "__main__":
             adam.param_groups[0]["lr"] = min(rate, low + left * (rate - low) if linear else low * (rate / low) ** left)
 
         # --- rollout: one window with its graph ------------------------------------------------------------------
-        obs, window = env.detach(), defaultdict(list)
+        obs, steps = env.detach(), []
         entropy_coef = temperature[0].detach().exp() if args.entropy_coef else 0.0
         for _ in range(args.horizon):
             dist = actor(normalizer(obs))
             u = dist.mean + dist.stddev * torch.randn_like(dist.mean)
             next_obs, reward, terminated, truncated, info = env.step(torch.tanh(u))
             entropy = squashed_entropy(dist, u)
-            window["entropy"].append(entropy)
             if args.entropy_coef:  # SAPO: the entropy, offset and scaled to about [0, 1], is part of the reward
                 reward = reward + entropy_coef * (entropy - target_entropy) / (-2 * target_entropy)
-            transition = dict(obs=obs, u=u, reward=reward, final_obs=info["final_obs"])
-            for key, x in (transition | dict(terminated=terminated, truncated=truncated)).items():
-                window[key].append(x)
+            step = dict(obs=obs, u=u, reward=reward, terminated=terminated, truncated=truncated, entropy=entropy)
+            steps.append(step | dict(final_obs=info["final_obs"]))
             run.episodes(info)
             obs = next_obs
-        window = {key: torch.stack(x) for key, x in window.items()}  # (H, N, ...)
+        window = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}  # (H, N, ...)
         ends = window["terminated"], window["truncated"]
 
         # --- gradients: one backward pass through physics --------------------------------------------------------
@@ -343,10 +340,9 @@ if __name__ == "__main__":
                 critic_optimizer.step()
                 run.mean({"losses/value_loss": value_loss / args.num_critics})
         with torch.no_grad():
-            for slow, fast in zip(target_critic.parameters(), critic.parameters()):
-                slow.lerp_(fast, 1 - args.target_alpha)
-            for slow, fast in zip(average.parameters(), policy.parameters()):
-                slow.lerp_(fast, 1 - args.policy_average)
+            for slow, fast, kept in (target_critic, critic, args.target_alpha), (average, policy, args.policy_average):
+                for x, new_x in zip(slow.parameters(), fast.parameters()):
+                    x.lerp_(new_x, 1 - kept)
         normalizer.update(window["obs"].flatten(0, 1))
         average.normalizer.load_state_dict(normalizer.state_dict())
         run.lap("critic")

@@ -84,7 +84,7 @@ def learn(model, evaluation, args: Args, start: float) -> pd.DataFrame:
             row = dict(global_step=model.num_timesteps, wall_time_s=round(spent, 3), episodic_return=float(training))
             rows.append(row | dict(eval_return=evaluation()))
             print(" ".join(f"{key} {x:.0f}" for key, x in rows[-1].items()), flush=True)
-            start += time.time() - start - spent
+            start = time.time() - spent  # evaluations do not count
         if over:
             return pd.DataFrame(rows).reindex(columns=train.CURVES)
 

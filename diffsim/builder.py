@@ -97,9 +97,8 @@ class _Builder:
         """Pose of a (possibly welded) body in the frame of its link: position (3,), rotation (3, 3)."""
         m, pos, rot = self.m, np.zeros(3), np.eye(3)
         while body and m.body_jntnum[body] == 0:
-            r = np.zeros(9)
-            mujoco.mju_quat2Mat(r, m.body_quat[body])
-            r = r.reshape(3, 3)
+            mujoco.mju_quat2Mat(flat := np.zeros(9), m.body_quat[body])
+            r = flat.reshape(3, 3)
             pos, rot = m.body_pos[body] + r @ pos, r @ rot
             body = m.body_parentid[body]
         return pos, rot
@@ -172,7 +171,6 @@ class _Builder:
             g.spring_ref = self.column(m.qpos_spring[m.jnt_qposadr[joints]])
         limited = m.jnt_limited[joints].astype(bool)
         if limited.any() and not disabled(m, "LIMIT", "CONSTRAINT"):
-            g.limited = True
             period, ratio = self.solref(m.jnt_solref[joints])
             in_mujoco = 1 / (1 - np.clip(m.jnt_solimp[joints, 1], 0, 0.9999))  # by what solref says, a contact's is 2.4
             firmness = np.clip(in_mujoco / Softness.stiffness, 1, self.softness.limit_stiffness)
@@ -282,8 +280,8 @@ class _Builder:
         return self.margin(geom, other), k, damping, self.friction(geom, other)
 
     def inverse_weight(self, geom) -> float:
-        """MuJoCo's of its body, 1/kg. It is 0 where the joints cannot move the centre of mass (a turret, a pinned wheel),
-        and then contacts would act at any distance: at least a twentieth of what it is with all that moves set free."""
+        """MuJoCo's of its body, 1/kg, and at least a twentieth of what it is with all that moves set free. It is 0 if
+        joints cannot move the centre of mass (a turret, a pinned wheel), and contacts would act at any distance."""
         m, body = self.m, self.m.geom_bodyid[geom]
         if m.body_weldid[body] == 0:
             return 0.0
@@ -291,11 +289,9 @@ class _Builder:
         return max(m.body_invweight0[body, 0], 0.05 * free)
 
     def margin(self, geom, plane) -> float:
-        m = self.m
-        combined = m.geom_margin[geom] + m.geom_margin[plane]  # MuJoCo >= 4 adds them, earlier versions take the max
-        if int(mujoco.__version__.split(".")[0]) < 4:
-            combined = max(m.geom_margin[geom], m.geom_margin[plane])
-        return float(combined)
+        margins = self.m.geom_margin[[geom, plane]]
+        adds = int(mujoco.__version__.split(".")[0]) >= 4  # earlier versions take the max
+        return float(margins.sum() if adds else margins.max())
 
     def mixed_solref(self, geom, plane):
         """MuJoCo's rule: the higher priority decides, else the average weighted by solmix, the lesser if negative."""

@@ -54,8 +54,7 @@ def forward_substep(model: Model, qpos: Tensor, qvel: Tensor, qfrc: Tensor) -> t
     frames = forward_kinematics(model, q)
     equation = assemble(model, frames, q, v, tau, h)
     joint_impulses = [t.joint.impulse for t in equation.groups]
-    x = solve(model, frames, equation, impulses(model, equation), joint_impulses)
-    x = join(x, model.dof_rows)
+    x = join(solve(model, frames, equation, impulses(model, equation), joint_impulses), model.dof_rows)
     return integrate(model, qpos, x, h), x
 
 
@@ -75,8 +74,7 @@ def backward_substep(model: Model, qpos, qvel, qfrc, x, grad_qpos, grad_qvel):
     with torch.enable_grad():  # dL = d[lam . (b - A x)]
         scalar = residual(model, frames, equation, split(x.detach(), model.dof_rows), lam)
     # a body that only slides, and touches nothing, does not depend on where it is
-    grads = torch.autograd.grad(scalar, (qpos, qvel, qfrc), materialize_grads=True)
-    grad_qpos, grad_qvel, grad_qfrc = grads
+    grad_qpos, grad_qvel, grad_qfrc = torch.autograd.grad(scalar, (qpos, qvel, qfrc), materialize_grads=True)
     return direct + grad_qpos, grad_qvel, grad_qfrc
 
 
@@ -152,7 +150,7 @@ def check_rows(model: Model, **arrays: tuple[Tensor, int]):
     for name, (x, rows) in arrays.items():
         if not isinstance(x, Tensor) or x.dtype != model.dtype:
             kind = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(f"{name} is {kind}, the model is {model.dtype}: tensors, and load_model's dtype, must agree")
+            raise ValueError(f"{name} is {kind}, the model is {model.dtype}: see load_model's dtype")
         if x.dim() != 2 or x.shape[0] != rows:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({rows}, environments)")
     batches = {name: x.shape[1] for name, (x, _) in arrays.items()}

@@ -22,6 +22,7 @@ from torch import Tensor
 from diffsim import memory
 from diffsim.builder import SelfCollisionWarning, load_model
 from diffsim.gymnasium_env import as_action
+from diffsim.mjcf import label
 from diffsim.model import Softness
 from diffsim.mujoco_physics import MujocoPhysics
 from diffsim.numpy_env import NumpyVectorEnv
@@ -63,10 +64,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         with warnings.catch_warnings():
             if not task.warn_of_self_collision:
                 warnings.simplefilter("ignore", SelfCollisionWarning)
-            self.model = load_model(
-                task.xml, device=device, dtype=dtype, timestep=timestep, softness=softness or Softness(),
-                collisions=task.collisions,
-            )  # fmt: skip
+            how = dict(device=device, dtype=dtype, timestep=timestep, softness=softness, collisions=task.collisions)
+            self.model = load_model(task.xml, **how)
         self.mj_model, self.device, self.dtype = self.model.mj_model, self.model.device, dtype
         memory.check(num_envs, 64 * (self.model.nq + self.model.nv) * dtype.itemsize, self.device)  # once they are made
         obs_dim = check_methods(task, self.model)  # before anything is compiled
@@ -78,6 +77,9 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             self.physics = differentiable()
         low, high = (t.clamp(-1e9, 1e9) for t in (self.model.ctrl_low, self.model.ctrl_high))
         free = low <= -1e9  # an actuator without ctrlrange takes the action itself
+        if bool(free.any()):
+            name = label(self.mj_model, "actuator", int(free.flatten().nonzero()[0]))
+            warnings.warn(f"{name} has no ctrlrange: its control is the action, between -1 and 1", stacklevel=2)
         self._ctrl_mid = torch.where(free, 0.0, (low + high) / 2)
         self._ctrl_half = torch.where(free, 1.0, (high - low) / 2)
         self._generator = torch.Generator(device=self.device).manual_seed(seed)
@@ -89,6 +91,7 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self._starts = [torch.zeros(n, 0, device=self.device, dtype=dtype) for n in (self.model.nq, self.model.nv)]
         self._start(*self._fresh(num_envs))
+        self._told = False
 
     # --- episodes -------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -191,7 +194,9 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             f"{bad[0]} of environment {i} is not finite" if bad else f"a speed of environment {i} came to {EXPLODED:g}"
         )
         when = f"at step {int(self.episode_length[i])} of its episode"
-        warnings.warn(f"{int(nonfinite.sum())} environment(s) ended: {why} {when}", stacklevel=3)
+        if not self._told:  # of the first; a run's column nonfinite_states counts them all
+            warnings.warn(f"{int(nonfinite.sum())} environment(s) ended: {why} {when}", stacklevel=3)
+        self._told = True
 
     # --- the graph and the state ----------------------------------------------------------------------------
     def detach(self) -> Tensor:
@@ -245,12 +250,9 @@ class DiffEnv(gymnasium.vector.VectorEnv):
 
     def diagnostics(self) -> dict[str, float]:
         """What the engine has to say of its last step, by TensorBoard tag: the mismatch of MuJoCo and diffsim."""
-        mismatch = getattr(self.physics, "mismatch", None)
-        if mismatch is None:
+        if (mismatch := getattr(self.physics, "mismatch", None)) is None:
             return {}
-        return {
-            "physics/mismatch_joint": mismatch.joint_angle(), "physics/mismatch_base": mismatch.base_velocity()
-        }  # fmt: skip
+        return {"physics/mismatch_joint": mismatch.joint_angle(), "physics/mismatch_base": mismatch.base_velocity()}
 
     def get_state(self) -> dict[str, Tensor]:
         """Everything that decides the future: physics, counters, random generator."""

@@ -216,6 +216,8 @@ def parse(Args, defaults: dict, one_process: bool = False):
     if args.resume is not None:
         default = replace(of_checkpoint(Args, "--resume", args.resume), resume=args.resume, stop_after=None)
         if is_file(default.env) and is_file(args.env):
+            if default.env.split(":")[-1] != args.env.split(":")[-1]:
+                fail(f"--env {args.env}: the run is on {default.env}; --init-from begins a new run with its networks")
             default = replace(default, env=args.env)  # the file may lie elsewhere now
         elif is_file(default.env):
             fail(f"--resume {args.resume}: a run on code in a file; if you trust that file: --env {quote(default.env)}")

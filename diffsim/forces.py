@@ -135,7 +135,7 @@ def joint_terms(g: Group, q, v, tau, h: float) -> JointTerms:
         return JointTerms([inertia] * len(v), [g.armature * v_i + h * tau_i for v_i, tau_i in zip(v, tau)])
     (q,), (v,), (tau,) = q, v, tau
     impulse = g.armature * v + h * joint_force(g, q, v, tau)
-    if g.limited:
+    if g.limit_k is not None:
         w, j = limit_terms(g, q, v, h)
         inertia, impulse = inertia + w, impulse + j
     return JointTerms([inertia], [impulse])

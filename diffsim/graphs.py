@@ -23,8 +23,8 @@ def compiler(wanted: bool):
     torch._dynamo.config.trace_autograd_ops = True
     torch._inductor.config.compile_threads = 1
     # Networks and optimisers stay what they are: only what a function is given is checked at each call.
-    check = torch.compiler.skip_guard_on_globals_unsafe
-    options = {"cpp_wrapper": True, "fallback_random": True, "guard_filter_fn": check}
+    unchecked = torch.compiler.skip_guard_on_globals_unsafe
+    options = {"cpp_wrapper": True, "fallback_random": True, "guard_filter_fn": unchecked}
 
     def compiled(function):
         run = torch.compile(function, fullgraph=True, dynamic=False, options=options)

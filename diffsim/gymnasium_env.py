@@ -116,8 +116,7 @@ class GymnasiumEnv:
         info = {}
         if done.any():
             final_obs = obs.copy()
-            for i in np.flatnonzero(done):
-                final_obs[i] = infos["final_obs"][i]
+            final_obs[done] = np.stack(infos["final_obs"][done])
             info["_episode"] = torch.from_numpy(done)
             info["episode"] = {
                 "r": torch.from_numpy(self.episode_return.astype(np.float32)),
@@ -127,7 +126,5 @@ class GymnasiumEnv:
             self.episode_length = np.where(done, 0, self.episode_length)
         info["final_obs"] = torch.from_numpy(final_obs.astype(np.float32))
         self.obs = torch.from_numpy(obs.astype(np.float32))
-        return (
-            self.obs, torch.from_numpy(reward.astype(np.float32)),
-            torch.from_numpy(terminated), torch.from_numpy(truncated), info,
-        )  # fmt: skip
+        ends = torch.from_numpy(terminated), torch.from_numpy(truncated)
+        return self.obs, torch.from_numpy(reward.astype(np.float32)), *ends, info

@@ -41,7 +41,8 @@ class Softness:
 
     def __post_init__(self):
         for name, x in asdict(self).items():
-            if isinstance(x, bool) or not (isinstance(x, Real) and (0 < x < inf or (name, x) == ("release_depth", inf))):
+            number = isinstance(x, Real) and not isinstance(x, bool)
+            if not (number and (0 < x < inf or (name, x) == ("release_depth", inf))):
                 raise ValueError(f"{name} of the softness is {x!r}; it must be above 0, and finite")
 
     def widened(self, factor: float) -> "Softness":
@@ -132,7 +133,6 @@ class Group:
     damping: Tensor | None = None
     stiffness: Tensor | None = None
     spring_ref: Tensor | None = None
-    limited: bool = False
     limit_width: float | Tensor | None = None
     limit_low: Tensor | None = None
     limit_high: Tensor | None = None

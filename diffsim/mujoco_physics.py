@@ -26,31 +26,24 @@ from torch import Tensor
 from diffsim.mjcf import quiet_mujoco
 from diffsim.model import Model
 
+WIDTH = 1e-6  # of a difference: m or rad, per second for velocities, units of control
+
 
 class MujocoPhysics:
     """Batched MuJoCo, one control step a call, on all cores; differentiable through `differentiator`'s step.
 
     Uses the Euler integrator with implicit joint damping, at diffsim's own substep, or (`own_integrator`) the MJCF's.
-    Without a differentiator it is differentiable by differences of MuJoCo's own step, of a `width` in m or rad, per
-    second for velocities, and in units of control.
+    Without a differentiator it is differentiable by differences of MuJoCo's own step, of WIDTH.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        substeps: int,
-        differentiator: Callable | None,
-        own_integrator: bool = False,
-        num_threads: int | None = None,
-        width: float = 1e-6,
-    ):
+    def __init__(self, model: Model, substeps: int, differentiator: Callable | None, own_integrator: bool = False):
         self.mj_model = model.mj_model.__copy__()
         if not own_integrator:
             self.mj_model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
         self.mj_model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)  # what explodes ends its episode
-        self.model, self.substeps, self.width = model, substeps, width
+        self.model, self.substeps = model, substeps
         self._make_differentiator, self._differentiator = differentiator, None
-        threads = num_threads or os.cpu_count() or 1
+        threads = os.cpu_count() or 1
         self.data = [mujoco.MjData(self.mj_model) for _ in range(threads)]
         self.pool = rollout.Rollout(nthread=threads if threads > 1 else 0)
         self.layout = mujoco.mjtState.mjSTATE_FULLPHYSICS
@@ -96,7 +89,7 @@ class MujocoPhysics:
         state = qpos.double(), qvel.double(), ctrl.double()
         real, directions, rows = torch.cat(self.simulate(*state)), motions(self.model, state[0]), []
         for i in range(2 * nv + nu):
-            (q, v, u), width = (x.clone() for x in state), self.width
+            (q, v, u), width = (x.clone() for x in state), WIDTH
             if i < nv:
                 q += width * directions[i]
                 for row in quaternion_rows(self.model):

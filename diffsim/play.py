@@ -87,8 +87,7 @@ def rollout(env, policy, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     obs = env.detach()
     batch, m = env.num_envs, env.model.mj_model
     running = torch.ones(batch, dtype=torch.bool)
-    total, length = torch.zeros(batch), torch.zeros(batch)
-    violation, depth, saturated = torch.zeros(batch), torch.zeros(batch), torch.zeros(batch)
+    total, length, violation, depth, saturated = torch.zeros(5, batch)
     successes = None
     start, end = env.qpos[0].clone(), env.qpos[0].clone()
     limited = np.flatnonzero(m.jnt_limited & (m.jnt_type >= 2))

@@ -44,6 +44,12 @@ def import_compiler():
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
+def layers(state) -> str:
+    """Shapes of the matrices in a network's state_dict."""
+    shapes = [x.shape for x in state.values() if x.dim() == 2] if isinstance(state, dict) else []
+    return ", ".join("x".join(map(str, shape)) for shape in shapes) or "none"
+
+
 def write_policy(policy: nn.Module, obs_dim: int, device, file, **trained_on):
     """`policy`: obs (B, obs_dim) -> action (B, act_dim), for any B; `trained_on`: env, physics, stiffness, smoothing,
     as `diffsim.make` has them. Raises ValueError, one line, for a policy that is no graph of PyTorch's core operations

@@ -10,8 +10,6 @@ import sys
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # which starts several processes
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # the first of them speaks for all
-
-
 told = False  # that it is interrupted
 
 

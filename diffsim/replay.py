@@ -6,8 +6,8 @@ import torch
 class ReplayBuffer:
     """The latest `capacity` steps of N environments, in order. Terminated and truncated are kept apart."""
 
-    def __init__(self, capacity: int, num_envs: int):
-        self.capacity, self.num_envs, self.count = max(1, capacity // num_envs), num_envs, 0
+    def __init__(self, capacity: int, num_envs: int, device: torch.device | str = "cpu"):
+        self.capacity, self.num_envs, self.count, self.device = max(1, capacity // num_envs), num_envs, 0, device
         self.data: dict[str, torch.Tensor] = {}
         self.ended: list[int] = []  # terminated steps: number of the step * num_envs + environment
 
@@ -52,13 +52,12 @@ class ReplayBuffer:
     def load_state_dict(self, state):
         self.count = state["count"]
         for k, x in state["data"].items():
-            self.data[k] = x.new_zeros(self.capacity, *x.shape[1:])
+            self.data[k] = x.new_zeros(self.capacity, *x.shape[1:], device=self.device)
             self.data[k][: len(x)] = x
-        order = self.count - len(self) + torch.arange(len(self))
-        if not len(self):  # nothing was stored yet
-            return
-        ended = self.data["terminated"][order % self.capacity]
-        self.ended = (order[:, None] * self.num_envs + torch.arange(self.num_envs))[ended].tolist()
+        if self.data:  # else nothing was stored yet
+            order = self.count - len(self) + torch.arange(len(self))
+            ended = self.data["terminated"][order % self.capacity].cpu()
+            self.ended = (order[:, None] * self.num_envs + torch.arange(self.num_envs))[ended].tolist()
 
 
 def is_quiet(begun: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:

@@ -32,7 +32,7 @@ import torch
 from diffsim import memory, ranks
 from diffsim.flags import explain, fail, load, one_line_errors, run_folder, script
 from diffsim.play import record
-from diffsim.policy import import_compiler, write_policy
+from diffsim.policy import import_compiler, layers, write_policy
 from diffsim.program import tell, unwind
 from diffsim.run_files import Tables, config, hold, make_folder, read_rows, release, try_folder, write_whole
 from diffsim.tasks import is_file
@@ -106,7 +106,7 @@ class Run:
             self._open(rows)
         own = [f"{f.name}={v}" for f in fields(self.args) if (v := getattr(self.args, f.name)) != f.default]
         more = f", {self.total - self.end} more after --stop-after" if self.end < self.total else ""
-        self._say(f"{self.folder}: {self.end - self.iteration} iterations to go{more}; {' '.join(own)}")
+        self._say(f"{self.folder}: {self.end - self.iteration} iterations of {self.steps} steps{more}; {' '.join(own)}")
 
     def _open(self, rows: list[dict]):
         """The folder, config.json and the tables, which the first process keeps for all."""
@@ -115,7 +115,7 @@ class Run:
         with self._writing():
             if self.args.resume is None:
                 name = f"{self.args.env.split(':')[-1].lower()}__{script()}__{self.args.seed}"
-                self.folder = make_folder(self.folder / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+                self.folder = make_folder(self.folder / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}", self.args.env)
             with one_line_errors():
                 hold(self.folder)
             text = config(self.args, script(), self.iteration, self.folder / "config.json")
@@ -142,9 +142,9 @@ class Run:
                     fail(f"--init-from {self.args.init_from}: a run of {checkpoint['script']}.py, which has no {name}")
                 try:
                     part.load_state_dict(checkpoint[name])
-                except (RuntimeError, TypeError, AttributeError) as e:
-                    why = str(e).split("\n")[:2][-1].split(": copying")[0].strip()
-                    fail(f"--init-from {self.args.init_from}: its {name} does not fit this task and layers: {why}")
+                except (RuntimeError, TypeError, AttributeError):
+                    theirs, own = (layers(state) for state in (checkpoint[name], part.state_dict()))
+                    fail(f"--init-from {self.args.init_from}: its {name} has layers {theirs}, this run's {own}")
 
     def _load(self, checkpoint: dict) -> list[dict]:
         """The state of a checkpoint; returns the rows of metrics.csv up to it."""
@@ -161,7 +161,8 @@ class Run:
                 part.load_state_dict(checkpoint[name])
             name = "state of the run"
             ranks.set_random_state(checkpoint, self.env.device)
-            self.best = checkpoint["best"] + 0.0
+            self.best, self.left_out = checkpoint["best"] + 0.0, checkpoint["left_out"] + 0
+            self.moved = checkpoint["moved"] is True
             self.recent.extend(tuple(x + 0 for x in episode) for episode in checkpoint["recent"])  # they are numbers
             self.sums.update({tag: x + 0 for tag, x in checkpoint["sums"].items()})
             self.means.update({tag: [x.to(self.env.device) for x in xs] for tag, xs in checkpoint["means"].items()})
@@ -211,18 +212,16 @@ class Run:
         bad = [t for t in self.nonfinite + pending if t.split("/")[0] in ("losses", "eval") or "return" in t][:1]
         bad += self._nonfinite_tensors()[:1]
         if bad := next(filter(None, ranks.gather(bad)), []):
+            bad = ["a reward of the task" if name == "env.episode_return" else name for name in bad]
             self._stop(" is not finite, nor is ".join(bad) + " is not finite" * (len(bad) == 1))
         if self.stuck:
             self._stop(f"no gradient of the last {self.left_out} rows was finite: the policy stands still")
 
     def _nonfinite_tensors(self) -> list[str]:
         """Names of the parameters, buffers and environments' states that are not finite: "critic.members.0.0.bias"."""
-        modules = {k: x for k, x in self.parts.items() if hasattr(x, "named_buffers")}
-        tensors = {f"env.{k}": x for k, x in self.env.state_dict().items()}
-        for k, module in modules.items():
-            tensors |= {f"{k}.{n}": x for n, x in (*module.named_parameters(), *module.named_buffers())}
-        tensors |= {f"policy.{n}": x for n, x in self.policy.named_parameters()}  # bounds of actions may be infinite
-        tensors = {n: x.detach() for n, x in tensors.items() if x.is_floating_point()}
+        held = {k: x.state_dict() for k, x in self.parts.items() if k == "env" or hasattr(x, "named_buffers")}
+        held["policy"] = held.get("policy", {}) | dict(self.policy.named_parameters())  # its bounds may be infinite
+        tensors = {f"{k}.{n}": x.detach() for k, xs in held.items() for n, x in xs.items() if x.is_floating_point()}
         if not tensors or torch.cat([x.flatten().to(self.env.device) for x in tensors.values()]).sum().isfinite():
             return []
         return [n for n, x in tensors.items() if not torch.isfinite(x).all()]
@@ -239,7 +238,7 @@ class Run:
 
     def _close(self):
         if ranks.RANK == 0:
-            self.tables.close()
+            self.tables.writer.close()
             release(self.folder)
 
     def _interrupt(self, number, *_):
@@ -358,7 +357,7 @@ class Run:
             share, self.shown = (self.iteration + 1) / self.total, time.time()
             bar = f"\r[{'#' * int(20 * share):<20}] " if tty else ""
             shown = {column(t): x for t, x in numbers.items() if t.endswith(("_return", "SPS"))}
-            text = "  ".join(f"{name} {x:.{2 * (abs(x) < 100)}f}" for name, x in shown.items())
+            text = "  ".join(f"{name} {x:.{2 * (abs(x) < 100 and name != 'SPS')}f}" for name, x in shown.items())
             self._say(f"{bar}step {self.global_step:>9,}  {text}  {wall:.0f} s", end="\n" * (evaluated or not tty))
 
     # --- files ----------------------------------------------------------------------------------------------------
@@ -375,7 +374,8 @@ class Run:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()} | of_ranks[0]
         state |= dict(script=script(), args=asdict(self.args), others=of_ranks[1:], recent=[*self.recent, *self.ended])
-        state |= dict(sums=dict(self.sums), means=dict(self.means), best=self.best)  # of a row that is not yet due
+        state |= dict(sums=dict(self.sums), means=dict(self.means))  # of a row that is not yet due
+        state |= dict(best=self.best, left_out=self.left_out, moved=self.moved)
         state |= dict(iteration=self.iteration, global_step=self.global_step, wall_time_s=time.time() - self.start)
         write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         self._save_policy("policy.pt2")

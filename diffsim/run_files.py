@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import diffsim
 from diffsim import ranks
+from diffsim.tasks import is_file
 
 COLUMNS = ["iteration", "global_step", "wall_time_s"]  # of metrics.csv, the first
 HELD: dict[Path, int] = {}  # folders of this process, and the open files that lock them
@@ -30,12 +32,16 @@ def try_folder(path: str | Path):
     tempfile.TemporaryFile(dir=there).close()
 
 
-def make_folder(path: Path) -> Path:
-    """A new folder of that name, or with a suffix: another run may begin in the same second."""
+def make_folder(path: Path, env: str) -> Path:
+    """A new folder of that name, or with a suffix: another run may begin in the same second. With copies of the code
+    that a commit need not have: the script, and the file of a task that is in one."""
+    files = [Path(file) for file in (sys.argv[0], is_file(env) and env.rpartition(":")[0]) if file]
     for n in count(1):
         folder = path if n == 1 else path.with_name(f"{path.name}-{n}")
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
+            for file in filter(Path.is_file, files):
+                shutil.copy(file, folder)
             return folder
 
 
@@ -124,15 +130,12 @@ class Tables:
         """metrics.csv with these columns and rows; later rows are appended, each whole before the next."""
 
         def write(path: Path):
-            self.metrics_file = open(path, "w", newline="", buffering=1)  # renamed while open: rows go on arriving
-            self.metrics = csv.DictWriter(self.metrics_file, columns)
+            file = open(path, "w", newline="", buffering=1)  # renamed while open: rows go on arriving
+            self.metrics = csv.DictWriter(file, columns)
             self.metrics.writeheader()
             self.metrics.writerows(rows)
 
         write_whole(self.folder / "metrics.csv", write)
-
-    def close(self):
-        self.writer.close()
 
 
 def read_rows(file: Path, global_step: int) -> list[dict]:

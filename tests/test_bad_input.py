@@ -203,8 +203,8 @@ rp_pgm_mb.py --env CartPole-v1 | Discrete
 rp_pgm_mb.py --env FrozenLake-v1 | Discrete
 rp_pgm_mb.py --env nothing | unknown env 'nothing'
 rp_pgm_mb.py --learning-starts -1 | --learning-starts
-rp_pgm_mb.py --learning-starts 5000 --total-timesteps 4000 | the first below --total-timesteps
-rp_pgm_mb.py --learning-starts 100 --buffer-size 10 --total-timesteps 40 | the first below --total-timesteps
+rp_pgm_mb.py --learning-starts 5000 --total-timesteps 4000 | 5000 must lie below --total-timesteps 4000
+rp_pgm_mb.py --learning-starts 100 --buffer-size 10 --total-timesteps 40 | must lie below --total-timesteps 40
 rp_pgm_mb.py --buffer-size 4 --unroll 5 | --buffer-size 4 must lie above --unroll x --num-envs
 rp_pgm_mb.py --dr-recent 0 | --dr-recent is 0
 rp_pgm_mb.py --log-every -1 | --log-every is -1

@@ -245,7 +245,7 @@ def test_the_states_of_the_dense_equation_touch_and_pass_stops(source):
     model, qpos, qvel, _ = state_on_the_ground(source)
     assert float(contact_points(model, qpos, qvel)[0].min()) < 0
     if isinstance(source, str):
-        angles = [(g, qpos[g.qpos[0]]) for g in model.groups if g.limited]
+        angles = [(g, qpos[g.qpos[0]]) for g in model.groups if g.limit_k is not None]
         assert any(bool(((x < g.limit_low) | (x > g.limit_high)).any()) for g, x in angles)
 
 
@@ -369,9 +369,9 @@ def test_a_body_that_turns_about_its_centre_turns_above_the_ground(height, joint
 def test_a_geared_joint_presses_as_a_heavy_body():
     """Armature makes the arm heavier at its tip than all its mass: contacts are as stiff as that asks for."""
     xml = """<mujoco><option timestep=".002"/><worldbody><geom type="plane" size="1 1 1"/><body pos="0 0 .05">
-    <joint name="j" axis="0 1 0" armature="30"/><geom type="capsule" fromto="0 0 0 1 0 0" size=".02" mass="1" contype="0"
-    conaffinity="0"/><geom pos="1 0 0" size=".05" mass=".01"/></body></worldbody><actuator><motor joint="j"/></actuator>
-    </mujoco>"""
+    <joint name="j" axis="0 1 0" armature="30"/><geom type="capsule" fromto="0 0 0 1 0 0" size=".02" mass="1"
+    contype="0" conaffinity="0"/><geom pos="1 0 0" size=".05" mass=".01"/></body></worldbody>
+    <actuator><motor joint="j"/></actuator></mujoco>"""
     ours, theirs = beside_mujoco(xml, [300.0], 1500)
     assert 0 < theirs < 1e-3 and 0 < ours < 2e-3  # rad
 

@@ -658,14 +658,14 @@ def test_a_metrics_csv_that_was_edited_is_one_line(line, change, still, capsys):
 
 def test_iterations_to_go_are_those_until_stop_after(still, capsys):
     run = still(5, stop_after=2)
-    assert "2 iterations to go, 3 more after --stop-after; " in capsys.readouterr().out
+    assert "2 iterations of 10 steps, 3 more after --stop-after; " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         for _ in run:
             run.log({})
     still(5, resume=str(run.folder), stop_after=4)
-    assert "2 iterations to go, 1 more after --stop-after; " in capsys.readouterr().out
+    assert "2 iterations of 10 steps, 1 more after --stop-after; " in capsys.readouterr().out
     still(5, resume=str(run.folder))
-    assert "3 iterations to go; " in capsys.readouterr().out
+    assert "3 iterations of 10 steps; " in capsys.readouterr().out
     for total, stop, message in (
         (5, 2, "--stop-after 2 counts from the beginning: "),
         (1, None, "--total-timesteps comes to 1 iterations, "),

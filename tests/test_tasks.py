@@ -240,6 +240,7 @@ BROKEN = [  # of a class that derives from cartpole's: an attribute, its value, 
     ("reward", lambda s, q, v, a: q[0].double(), "reward returned torch.float64, expected torch.float32"),
     ("reward", lambda s, q, v, a: q[0] / 0, "reward returned a value that is not finite"),
     ("reward", lambda s, q, v, a: v.add_(1)[0], "reward changes qvel in place"),
+    ("reward", lambda s, q, v, a: v.mul_(0).mul_(2)[0], "reward changes qvel in place"),
     (
         "reward",
         lambda s, q, v: q[0],

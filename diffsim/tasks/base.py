@@ -19,7 +19,7 @@ class Task:
 
     xml: an MJCF file, beside the task's or a path, or its text
     control_dt: seconds an action is held
-    substeps: physics steps in that time
+    substeps: physics steps in that time, whatever timestep the MJCF has
     max_episode_steps: control steps; then the episode is truncated
     physics: engine that runs it unless another is asked for
     own_integrator: on MuJoCo's physics the MJCF's integrator, not Euler
