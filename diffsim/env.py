@@ -65,7 +65,10 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             if not task.warn_of_self_collision:
                 warnings.simplefilter("ignore", SelfCollisionWarning)
             how = dict(device=device, dtype=dtype, timestep=timestep, softness=softness, collisions=task.collisions)
-            self.model = load_model(task.xml, **how)
+            try:
+                self.model = load_model(task.xml, **how)
+            except ValueError as e:
+                raise type(e)(f"{type(task).__name__}: {e}") from None
         self.mj_model, self.device, self.dtype = self.model.mj_model, self.model.device, dtype
         memory.check(num_envs, 64 * (self.model.nq + self.model.nv) * dtype.itemsize, self.device)  # once they are made
         obs_dim = check_methods(task, self.model)  # before anything is compiled

@@ -4,6 +4,7 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Literal
@@ -164,12 +165,15 @@ class Evaluator:
         device = dict(device=args.device, compile=args.compile)
         known = device | {k: getattr(args, k) for k in ("physics", "stiffness", "smoothing") if hasattr(args, k)}
         self.episodes = ranks.share(args.eval_episodes)
-        self.env, self.others = diffsim.make(args.env, max(1, self.episodes), **known), {}
-        if args.eval_physics:
-            if args.physics == "gymnasium" and args.env not in diffsim.TASKS:
-                raise ValueError(f"--eval-physics: {args.env} runs on gymnasium only")
-            other = "mujoco" if args.physics == "diffsim" else "diffsim"
-            self.others[other] = diffsim.make(args.env, max(1, self.episodes), physics=other, **device)
+        if args.eval_physics and args.physics == "gymnasium" and args.env not in diffsim.TASKS:
+            raise ValueError(f"--eval-physics: {args.env} runs on gymnasium only")
+        make, self.others = partial(diffsim.make, args.env, max(1, self.episodes)), {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say of a task was said of the run's own environment
+            self.env = make(**known)
+            if args.eval_physics:
+                other = "mujoco" if args.physics == "diffsim" else "diffsim"
+                self.others[other] = make(physics=other, **device)
 
     def __call__(self, policy) -> dict[str, torch.Tensor]:
         """Numbers by TensorBoard tag, of all processes' episodes."""

@@ -63,6 +63,7 @@ shac.py --critic-minibatches 0 | --critic-minibatches is 0
 shac.py --critic-minibatches 100000 | --critic-minibatches is 100000, more than
 shac.py --num-critics 0 | --num-critics is 0
 shac.py --actor-hidden 0 | --actor-hidden is 0;
+shac.py --actor-hidden | --actor-hidden is empty
 shac.py --actor-hidden 64 -1 | --actor-hidden is 64 -1;
 shac.py --actor-hidden wide | --actor-hidden.*wide
 shac.py --critic-hidden 0 0 | --critic-hidden is

@@ -93,7 +93,7 @@ def test_a_run_cannot_end_before_it_is(cartpole, refused):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_new_run_begins_with_the_networks_of_another(script, tmp_path):
+def test_a_new_run_begins_with_the_networks_of_another(script, tmp_path, refused):
     """Other environment of the same sizes, seed and number of environments; nothing is learned in its first steps."""
     task = tmp_path / "task.py"
     task.write_text("from diffsim.tasks import Cartpole\nclass Mine(Cartpole):\n    max_episode_steps = 9\n")
@@ -114,6 +114,9 @@ def test_a_new_run_begins_with_the_networks_of_another(script, tmp_path):
         assert moved == 0 and two["buffer"]["count"] == 1 and not two["actor_optimizer"]["state"]
     run_script(script, "--resume", new, "--env", f"{task}:Mine", "--stop-after", 2)  # not begun again
     assert checkpoint(new)["iteration"] == 2
+    assert (new / script).read_bytes() == (ROOT / script).read_bytes() and (new / "task.py").exists()
+    said = refused(script, "--resume", new, "--env", f"{task}:Other")
+    assert said.endswith(f"the run is on {task}:Mine; --init-from begins a new run with its networks")
 
 
 def test_networks_that_do_not_fit_are_one_line(cartpole, tmp_path, refused):

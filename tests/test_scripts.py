@@ -656,6 +656,20 @@ def test_a_metrics_csv_that_was_edited_is_one_line(line, change, still, capsys):
     assert "no metrics.csv there; a new one begins at step 20" in capsys.readouterr().out
 
 
+def test_rows_without_a_gradient_are_counted_over_a_resume(still, capsys):
+    """A run that has moved is not stuck because its last row left a gradient out."""
+
+    def rows_of(run, gone):
+        for i in run:
+            run.log({"grad/nonfinite": float(i in gone)})
+
+    run = still(stop_after=3)
+    with pytest.raises(SystemExit, match="0"):
+        rows_of(run, gone=())
+    rows_of(still(resume=str(run.folder)), gone=(3,))
+    assert "done" in capsys.readouterr().out
+
+
 def test_iterations_to_go_are_those_until_stop_after(still, capsys):
     run = still(5, stop_after=2)
     assert "2 iterations of 10 steps, 3 more after --stop-after; " in capsys.readouterr().out

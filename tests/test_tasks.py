@@ -301,6 +301,19 @@ def test_what_is_wrong_with_a_task_is_one_line_when_it_is_made(attribute, value,
     assert "raised" not in message or error.value.__cause__ is not None
 
 
+@pytest.mark.parametrize("method", ["observe", "reward"])
+def test_one_environment_must_not_depend_on_another_though_all_begin_alike(method):
+    class Alike(diffsim.TASKS["cartpole"]):
+        def reset(self, model, count, generator):
+            return torch.full((2, count), 0.1), torch.zeros(2, count)
+
+    over_all = {"observe": lambda self, q, v, a: q - q.mean(), "reward": lambda self, q, v, a: q[0] - q.square().mean()}
+    diffsim.make(Alike, 3, compile=False)
+    setattr(Alike, method, over_all[method])
+    with pytest.raises(ValueError, match=f"Alike.{method} of one environment depends on another's"):
+        diffsim.make(Alike, 3, compile=False)
+
+
 @pytest.mark.parametrize("joint, rows", [("free", "3 to 6"), ("ball", "0 to 3")])
 def test_a_reset_to_no_orientation_is_one_line(joint, rows):
     class Ball(diffsim.Task):
@@ -337,6 +350,19 @@ class Slider(diffsim.Task):
 
     def reward(self, qpos, qvel, action):
         return qvel[0]
+
+
+def test_an_actuator_without_a_range_and_a_robot_that_cannot_be_read_are_named():
+    class Free(Slider):
+        xml = Slider.xml.replace(' ctrlrange="-1 1"', "")
+
+    with pytest.warns(
+        UserWarning, match="^actuator '0' has no ctrlrange: its control is the action, between -1 and 1$"
+    ):
+        diffsim.make(Free, 2, compile=False)
+    Free.xml = "nowhere.xml"
+    with pytest.raises(ValueError, match="^Free: cannot read MJCF nowhere.xml: no such file$"):
+        diffsim.make(Free, 2, compile=False)
 
 
 def test_play_tells_a_speed_of_one_metre_a_second():
