@@ -161,7 +161,7 @@ def check_bounds(args):
     """Raises ValueError, one line, for a flag out of its bounds."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        if value == ():
+        if value == () and bounds(hint):
             raise ValueError(f"--{name.replace('_', '-')} is empty; give at least one width")
         for bound in bounds(hint) if value is not None else ():
             given = value if isinstance(value, tuple) else (value,)
