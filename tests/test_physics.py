@@ -64,7 +64,7 @@ def load(source):
 
 
 def free_of_constraints(model):
-    groups = [dataclasses.replace(g, contacts=None, limited=False) for g in model.groups]
+    groups = [dataclasses.replace(g, contacts=None, limit_k=None) for g in model.groups]
     m = model.mj_model.__copy__()
     m.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_LIMIT
     m.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
