@@ -39,7 +39,7 @@ class Task:
     warn_of_self_collision = True
 
     def reset(self, model, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Initial qpos (nq, count), qvel (nv, count); draw every random number from `generator`."""
+        """Initial qpos (nq, count), qvel (nv, count), of model.dtype and on model.device; draw by `generator` alone."""
         raise NotImplementedError("reset")
 
     def observe(self, qpos: Tensor, qvel: Tensor, action: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def check(task: Task, method: str, x, shape: tuple, model, dtype: torch.dtype):
     elif len(x.shape) != len(shape) or any(a != b if isinstance(b, int) else a < 1 for a, b in zip(x.shape, shape)):
         found, wanted = f"shape {tuple(x.shape)} for {copies}", f"the shape {text}"
     elif x.dtype != dtype:
-        found, wanted = str(x.dtype), str(dtype)
+        found, wanted = str(x.dtype), f"{dtype}{', the dtype of the model' * (dtype == model.dtype)}"
     elif x.device != wanted_device:
         found, wanted = f"a tensor on {x.device}", f"one on {wanted_device}"
     elif not torch.isfinite(x).all():
