@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, 
 
 import torch
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 import diffsim
 from diffsim import ranks
@@ -31,12 +32,25 @@ class Bound(NamedTuple):
 
 SMALLEST, LARGEST = 1e-38, 1e38  # of float32
 CORES = os.cpu_count() or 1
-Count = Annotated[int, Bound(1, 2**53, "between 1 and 2^53")]
-Natural = Annotated[int, Bound(0, 2**53, "between 0 and 2^53")]
-Few = Annotated[int, Bound(1, 100_000, "between 1 and 100,000")]  # within one iteration, which must end
-Threads = Annotated[int, Bound(1, max(256, CORES), f"between 1 and {max(256, CORES)}: this machine has {CORES} cores")]
+
+
+def whole_number(texts: list[str]) -> int:
+    """Of what stands after a flag; 1e6 is one, too."""
+    try:
+        number = float(texts[0])
+        return int(number) if "e" in texts[0].lower() and number.is_integer() else int(texts[0])
+    except ValueError:
+        raise ValueError(f"{texts[0]!r} is not a whole number, like 1000000 or 1e6") from None
+
+
+WHOLE = PrimitiveConstructorSpec(1, "INT", whole_number, lambda x: type(x) is int, lambda x: [str(x)])
+Count = Annotated[int, WHOLE, Bound(1, 2**53, "between 1 and 2^53")]
+Natural = Annotated[int, WHOLE, Bound(0, 2**53, "between 0 and 2^53")]
+Few = Annotated[int, WHOLE, Bound(1, 100_000, "between 1 and 100,000")]  # within one iteration, which must end
+MOST = max(256, CORES)
+Threads = Annotated[int, WHOLE, Bound(1, MOST, f"between 1 and {MOST}: this machine has {CORES} cores")]
 Ratio = Annotated[float, Bound(SMALLEST, 1000, "above 0 and at most 1000")]
-Seed = Annotated[int, Bound(0, 2**32 - 1, "between 0 and 2^32 - 1")]
+Seed = Annotated[int, WHOLE, Bound(0, 2**32 - 1, "between 0 and 2^32 - 1")]
 Number = Annotated[float, Bound(-LARGEST, LARGEST, "between -1e38 and 1e38")]
 Rate = Annotated[float, Bound(SMALLEST, 1e30, "above 0 (1e-38) and at most 1e30")]  # torch multiplies it
 Norm = Annotated[float, Bound(SMALLEST, inf, "above 0")]
@@ -44,7 +58,7 @@ Weight = Annotated[float, Bound(0, LARGEST, "between 0 and 1e38")]
 Clip = Annotated[float, Bound(0, inf, "at least 0")]
 Fraction = Annotated[float, Bound(0, 1, "between 0 and 1")]
 Decay = Annotated[float, Bound(0, 1 - 1e-9, "at least 0 and below 1")]
-Layers = tuple[Annotated[int, Bound(1, 8192, "between 1 and 8192")], ...]
+Layers = tuple[Annotated[int, WHOLE, Bound(1, 8192, "between 1 and 8192")], ...]
 
 
 @dataclass

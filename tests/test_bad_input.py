@@ -20,7 +20,7 @@ shac.py --num-envs 0 | --num-envs is 0; it must be between 1 and
 shac.py --num-envs -3 | --num-envs is -3
 shac.py --num-envs abc | --num-envs.*abc
 shac.py --num-envs 1.5 | --num-envs.*1.5
-shac.py --num-envs 1e3 | --num-envs.*1e3
+shac.py --num-envs 15e-1 | --num-envs: '15e-1' is not a whole number, like
 shac.py --num-envs nan | --num-envs.*nan
 shac.py --num-envs | Missing value for argument '--num-envs'
 shac.py --num-envs 1000000000000 | num_envs is 1000000000000: that takes .* at most
@@ -29,7 +29,8 @@ shac.py --horizon -1 | --horizon is -1
 shac.py --horizon 2.5 | --horizon.*2.5
 shac.py --total-timesteps 0 | --total-timesteps is 0
 shac.py --total-timesteps -5 | --total-timesteps is -5
-shac.py --total-timesteps 1e6 | --total-timesteps.*1e6
+shac.py --total-timesteps 2M | --total-timesteps: '2M' is not a whole number, like 1000000 or 1e6
+shac.py --total-timesteps 1e99 | it must be between 1 and
 shac.py --gamma 1.5 | --gamma is 1.5; it must be between 0 and 1
 shac.py --gamma -0.1 | --gamma is -0.1
 shac.py --gamma nan | --gamma is nan

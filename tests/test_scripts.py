@@ -239,7 +239,8 @@ def test_a_task_in_a_file_inherits_settings_and_engine(script, robots):
         assert (defaults["humanoid"] | defaults.get("on diffsim", {})).items() <= vars(
             parsed(script, "--env", f"{robots}:Walks")
         ).items()
-    assert parsed(script, "--env", f"{robots}:Walks", "--total-timesteps", 5).total_timesteps == 5  # a flag wins
+    args = parsed(script, "--env", f"{robots}:Walks", "--total-timesteps", "5e3", "--actor-hidden", 8, "1e1")  # win
+    assert (args.total_timesteps, args.actor_hidden) == (5000, (8, 10)) and type(args.total_timesteps) is int
 
 
 def test_settings_of_a_task_and_an_engine_are_put_together(monkeypatch):
