@@ -8,9 +8,9 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
         model's (SVG(h), Heess et al. 2015, arXiv 1510.09142)
     lr  likelihood ratio: the score function on the model's trajectories, no derivative of the model
 
-Spectral normalisation of model and policy bounds how fast the gradient's variance grows with h. Critics, temperature
-and replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 leaves them.
-Not the paper's: --expand-critic, --imagined-steps, --end-cost, --quiet-episodes: see benchmarks/learned_model.md.
+Spectral normalisation of model and policy slows how the variance of dp and dr grows with h. Critics, temperature and
+replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 --end-cost 0
+--quiet-episodes 0 is that. The paper has no end cost and the like, nor --expand-critic: benchmarks/learned_model.md.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4

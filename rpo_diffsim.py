@@ -115,7 +115,7 @@ ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient i
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
 LIVELY = dict(entropy_coef=0.02, policy_average=0.98)
 FALLS = ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5, score_share=1.0)
-LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, stiffer contacts
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # what may fall: longer windows, stiffer contacts
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000), "anymal": dict(total_timesteps=3_000_000),
@@ -244,7 +244,7 @@ def squashed_entropy(policy: Normal, u):
 def action_gradients(returns, us, terminated, truncated, lam: float):
     """g = dR/du of every sample (H, N, act_dim), from one backward pass of the TD(lam) returns (H, N) at their starts.
 
-    Step c after a start weighs (gamma lam)^c there, less lam^c here (GI-PPO, Son et al. 2023, arXiv 2312.08710, eq. 15)
+    Step c after a start weighs (gamma lam)^c there; divided by lam^c it has gamma^c (GI-PPO, 2312.08710, eq. 15).
     """
     weight, gradients = torch.ones_like(returns[:1, :, None]), []
     for g, ended in zip(grad(sum_of_starts(returns, terminated, truncated), us), terminated | truncated):
@@ -347,7 +347,7 @@ if __name__ == "__main__":
             kl = kl_divergence(old, new).sum(-1).mean()  # eq. 12
             entropy = squashed_entropy(new, new.rsample()).mean()  # eq. 13
             policy_loss = -surrogate.mean() + args.kl_coef * kl - args.entropy_coef * entropy  # eq. 14
-            if args.score_share:  # noisier at first, but stiff contacts do not raise its variance
+            if args.score_share:  # often noisier, but stiff contacts do not raise its variance
                 score = ppo_surrogate(new, u, old_log_prob, advantage - ranks.mean(advantage)).mean()
                 if epoch == 0:  # one weight for all epochs
                     gradients = (grad(x, actor.parameters(), retain_graph=True) for x in (surrogate.mean(), score))

@@ -105,7 +105,7 @@ class Args(PhysicsArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient is noisier: smaller steps
-LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # on two feet: longer windows, stiffer contacts
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # what may fall: longer windows, stiffer contacts
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000), "anymal": dict(total_timesteps=3_000_000),
@@ -307,7 +307,7 @@ if __name__ == "__main__":
             old_log_prob = old.log_prob(u).sum(-1)
             targets = td_lambda(window["reward"], next_values.mean(0), *ends, args.gamma, args.gae_lambda).flatten()
             advantage = targets - target_critic(inputs).mean(0) if args.score_share else None
-        if args.score_share:  # noisier at first, but stiff contacts do not raise its variance
+        if args.score_share:  # often noisier, but stiff contacts do not raise its variance
             score = ppo_surrogate(actor(inputs), u, old_log_prob, advantage - ranks.mean(advantage)).mean()
             gradients = [p.grad for p in actor.parameters()], grad(score, actor.parameters(), retain_graph=True)
             norm, score_norm = (nn.utils.get_total_norm(ranks.average(x)) for x in gradients)
