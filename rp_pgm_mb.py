@@ -152,7 +152,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         self.net = mlp([obs_dim, *args.actor_hidden, 2 * act_dim], args, range(1, len(args.actor_hidden)))
-        self.log_std_init = args.log_std_init
+        self.register_buffer("log_std_init", torch.tensor(float(args.log_std_init)))  # --init-from keeps it
 
     def distribution(self, z) -> Normal:
         """Of u, (..., act_dim)."""

@@ -256,7 +256,7 @@ if __name__ == "__main__":
     target_critic = copy.deepcopy(critic) if args.target_critic else critic
     normalizer = Normalizer(obs_dim).to(env.device)
     policy = DeterministicPolicy(normalizer, actor)
-    average = copy.deepcopy(policy)
+    average = copy.deepcopy(policy).eval()
     settings = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
     actor_optimizer = torch.optim.AdamW(actor.parameters(), args.actor_learning_rate, **settings)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, **settings)
@@ -344,7 +344,7 @@ if __name__ == "__main__":
                 for x, new_x in zip(slow.parameters(), fast.parameters()):
                     x.lerp_(new_x, 1 - kept)
         normalizer.update(window["obs"].flatten(0, 1))
-        average.normalizer.load_state_dict(normalizer.state_dict())
+        average.load_state_dict(dict(policy.named_buffers()), strict=False)
         run.lap("critic")
 
         # --- log and evaluate ------------------------------------------------------------------------------------

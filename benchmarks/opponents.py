@@ -26,7 +26,7 @@ import train  # ends Ctrl-C with one line, and finds diffsim
 import diffsim
 from diffsim.flags import Count, Few, Natural, Ratio, Seed, check_bounds, cli, fail, one_line_errors
 from diffsim.play import evaluate
-from diffsim.run import process_start
+from diffsim.run_files import process_start
 
 EPISODES = 64  # of an evaluation
 CHUNK = 250  # steps between looks at the clock

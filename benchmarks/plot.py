@@ -6,6 +6,7 @@
 Runs that differ in their seed are one curve: mean and range, of those that came so far.
 """
 
+import json
 import signal
 import sys
 import textwrap
@@ -19,7 +20,6 @@ __name__ == "__main__" and signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 import tyro
 from load import ALGORITHMS, ESTIMATORS, HERE, latest_ppo, load_curves, load_probes, load_runs
 from tables import AGAINST, IN_DIFFSIM, ON_MUJOCO
@@ -67,15 +67,15 @@ def committed(which: str, *envs: str) -> Panels:
 
 
 def settings(folder: Path) -> dict:
-    """Script and flags of a run; of one without a readable checkpoint what its name says."""
+    """Script and flags of a run; of one without a readable config.json what its name says."""
     env, script, *_ = f"{folder.resolve().name}__".split("__")
-    file, flags = folder / "checkpoint.pt", {}
+    file, flags = folder / "config.json", {}
     try:
         if file.is_file():
-            checkpoint = torch.load(file, weights_only=True, map_location="cpu")
-            flags, script = dict(checkpoint["args"]), str(checkpoint["script"])
-    except Exception as e:  # torch.load has many
-        print(f"plot.py: {file} is not a readable checkpoint ({type(e).__name__})", file=sys.stderr)
+            config = json.loads(file.read_text())
+            flags, script = dict(config["args"]), str(config["script"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        print(f"plot.py: {file} is not readable ({type(e).__name__})", file=sys.stderr)
     flags = {name: x for name, x in flags.items() if name not in INCIDENTAL}
     return dict(env=env) | flags | dict(script=script)
 

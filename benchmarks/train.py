@@ -37,7 +37,7 @@ from diffsim.run_files import write_whole
 FOLDERS = ROOT / "runs" / "benchmarks"
 ALGORITHMS = {"rpo_diffsim": "RPO", "shac": "SHAC", "ppo_baseline": "PPO", "rp_pgm_mb": "RP-PGM"}
 CURVES = ["global_step", "wall_time_s", "episodic_return", "eval_return", "norm_before_clip", "kl"]
-EPISODES, EPISODES_TO_FALL, POINTS = 10, 64, 200  # points of a curve
+EPISODES, MANY, POINTS = 10, 64, 200  # points of a curve
 
 SAPO = "--entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 --no-target-critic "
 SAPO += "--activation silu --weight-decay 0.01 --max-grad-norm 0.5"  # as in the first lines of shac.py
@@ -114,20 +114,20 @@ def train(job: dict) -> Path | None:
 
 def replay(policy, env: str) -> dict:
     """What a final policy does on every engine that has the task."""
-    row: dict[str, float] = {}
+    row, soft = {}, {"diffsim": policy.softness} if policy.physics == "diffsim" else {}
     for physics in ("gymnasium",) if is_gymnasium_id(env) else ("diffsim", "mujoco"):
-        played = rollout(playback_env(env, EPISODES, physics), policy, EPISODES)
+        played = rollout(playback_env(env, EPISODES, physics, **soft.get(physics, {})), policy, EPISODES)
         row[f"return_{physics}"] = float(played["return"].mean())
         if physics != "gymnasium":
             row[f"limit_{physics}"] = float(played["limit_violation"].max())
             row[f"depth_{physics}"] = float(played["penetration"].max())
     if env in diffsim.TASKS or not is_gymnasium_id(env):
-        on_mujoco = playback_env(env, EPISODES_TO_FALL, "mujoco")
-        played = rollout(on_mujoco, policy, EPISODES_TO_FALL)
+        on_mujoco = playback_env(env, MANY, "mujoco")
+        played = rollout(on_mujoco, policy, MANY)
         row["falls"] = int((played["length"] < on_mujoco.max_episode_steps).sum())
         row["falls_return"] = float(played["return"].mean())
         if "successes" in played:
-            ours = rollout(playback_env(env, EPISODES_TO_FALL, "diffsim"), policy, EPISODES_TO_FALL)
+            ours = rollout(playback_env(env, MANY, "diffsim", **soft.get("diffsim", {})), policy, MANY)
             row |= {"goals_diffsim": ours["successes"].mean(), "goals_mujoco": played["successes"].mean()}
     return row
 

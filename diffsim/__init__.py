@@ -17,7 +17,7 @@ from diffsim.gymnasium_env import GymnasiumEnv, is_gymnasium_id
 from diffsim.mjcf import UnsupportedError
 from diffsim.model import Model, Softness
 from diffsim.numpy_env import NumpyEnv
-from diffsim.tasks import TASKS, Task, default_physics, find_task, nearest, settings_of
+from diffsim.tasks import TASKS, Task, default_physics, find_task, is_file, nearest, settings_of
 from diffsim.tasks.check import instance
 
 __version__ = "0.3.0"
@@ -80,7 +80,11 @@ def make(
         raise ValueError(f"device '{device}' was asked for, but torch finds no CUDA here; use --device cpu")
     if physics == "gymnasium":
         if not isinstance(task, str) or not is_gymnasium_id(task):
-            raise ValueError(f"{task} is no Gymnasium environment; use physics diffsim or mujoco")
+            unknown = isinstance(task, str) and not is_file(task) and task not in TASKS
+            how = "import what registers it" if unknown else "use physics diffsim or mujoco"
+            raise ValueError(f"{task} is no Gymnasium environment{' here' * unknown}; {how}")
+        if (stiffness, smoothing, dtype) != (None, None, torch.float32):
+            raise ValueError("stiffness, smoothing and dtype are of diffsim's physics, and mean nothing to gymnasium's")
         if kind != "cpu":
             raise ValueError(f"Gymnasium's environments run on the cpu, not on {device}")
         twin = TASKS.get(task)
@@ -99,14 +103,23 @@ def make(
     return DiffEnv(task, num_envs, seed, device, physics, derivative, compile, dtype, softness)
 
 
-def _single(task: str, **kwargs) -> NumpyEnv:
+def _vector(task: str, num_envs=1, max_episode_steps=None, render_mode=None, **kwargs) -> DiffEnv | GymnasiumEnv:
+    if render_mode is not None:
+        raise ValueError(f"diffsim/{task} has no render_mode; python -m diffsim.play draws a policy's episode")
     seed = int(np.random.SeedSequence().generate_state(1)[0])  # so that copies differ, as Gymnasium's do
-    return NumpyEnv(make(task, 1, **{"compile": False, "seed": seed, **kwargs}))
+    env = make(task, num_envs, **{"seed": seed, **kwargs})
+    env.max_episode_steps = max_episode_steps or env.max_episode_steps
+    return env
+
+
+def _single(task: str, **kwargs) -> NumpyEnv:
+    return NumpyEnv(_vector(task, 1, 2**31, **{"compile": False, **kwargs}))  # Gymnasium's TimeLimit has the limit
 
 
 for _name in TASKS:
     gymnasium.register(
         id=f"diffsim/{_name}",
         entry_point=partial(_single, _name),  # arrays
-        vector_entry_point=partial(make, _name),  # tensors, differentiable
+        vector_entry_point=partial(_vector, _name),  # tensors, differentiable
+        max_episode_steps=TASKS[_name].max_episode_steps,
     )

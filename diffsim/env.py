@@ -122,9 +122,9 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
                 raise ValueError(f"seed is {seed!r}; it must be an integer between 0 and 2^63 - 1")
             self._generator.manual_seed(int(seed))
-            self._starts = [x[:, :0] for x in self._starts]
         if options is not None and (not isinstance(options, dict) or options.keys() - {"stagger"}):
             raise ValueError(f'options is {options!r}; it must be {{"stagger": True}}, or nothing')
+        self._starts = [x[:, :0] for x in self._starts]  # a task may have changed since they were drawn
         self._start(*self._fresh(self.num_envs))
         if (options or {}).get("stagger"):
             self.episode_length.random_(0, self.max_episode_steps, generator=self._generator)

@@ -183,6 +183,9 @@ def check_bounds(args):
                 raise ValueError(f"--{name.replace('_', '-')} is {' '.join(map(str, given))}; it must be {bound.words}")
 
 
+PLAIN = (bool, int, float, str, type(None))  # what a checkpoint holds of flags, and tuples and lists of it
+
+
 def fits(value, hint) -> bool:
     """Whether a value is of the type of a flag; what a checkpoint holds need not be."""
     origin, kinds = get_origin(hint), get_args(hint)
@@ -192,9 +195,11 @@ def fits(value, hint) -> bool:
         return value in kinds
     if origin in (Union, UnionType):
         return any(fits(value, kind) for kind in kinds)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(fits(x, kinds[0]) for x in value)
-    return type(value) in ((int, float) if hint is float else (hint,))
+    if origin is tuple and len(kinds) > 1 and kinds[1] is not ...:
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(fits(x, kinds[0]) for x in value)
+    return type(value) in ((int, float) if hint is float else (hint,)) and type(value) in PLAIN
 
 
 def of_checkpoint(Args, flag: str, path: str, by: str | None = None):
@@ -251,6 +256,10 @@ def parse(Args, defaults: dict, one_process: bool = False):
             if key not in ("stop_after", "total_timesteps") and value != getattr(default, key):
                 flag = f"--{key.replace('_', '-')}"
                 fail(f"{flag} is {value}, the run has {getattr(default, key)}: resuming keeps its arguments")
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        if not fits(getattr(final, name), hint):
+            kinds = "bool, int, float, str, None, Literal, tuples and lists of these"
+            fail(f"Args.{name} is {getattr(final, name)!r}: a checkpoint holds flags of the types {kinds}")
     with one_line_errors():
         check_bounds(final)
         ranks.start(final.num_envs, final.device)

@@ -20,7 +20,7 @@ from diffsim.dynamics import contact_points
 from diffsim.flags import Bound, Seed, check_bounds, cli
 from diffsim.gymnasium_env import GymnasiumEnv
 from diffsim.physics import CacheError
-from diffsim.policy import read_policy
+from diffsim.policy import evaluating, read_policy
 from diffsim.program import printable, start
 from diffsim.render import check_path, render
 from diffsim.tasks import is_file
@@ -177,6 +177,10 @@ class Evaluator:
 
     def __call__(self, policy) -> dict[str, torch.Tensor]:
         """Numbers by TensorBoard tag, of all processes' episodes."""
+        with evaluating(policy):
+            return self._numbers(policy)
+
+    def _numbers(self, policy) -> dict[str, torch.Tensor]:
         returns = self._returns(self.env, policy)
         numbers = {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std(correction=0)}
         for name, env in self.others.items():

@@ -14,7 +14,7 @@ import os
 import tempfile
 import warnings
 import zipfile
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -44,6 +44,18 @@ def import_compiler():
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
+@contextmanager
+def evaluating(policy: nn.Module):
+    """In eval mode, and back: dropout or batch norm in layers that the policy may share with training."""
+    before = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
 def layers(state) -> str:
     """Shapes of the matrices in a network's state_dict."""
     shapes = [x.shape for x in state.values() if x.dim() == 2] if isinstance(state, dict) else []
@@ -58,7 +70,7 @@ def write_policy(policy: nn.Module, obs_dim: int, device, file, **trained_on):
     import_compiler()
     logging.disable(logging.CRITICAL)  # torch tells of a failure in three ways before it raises
     try:
-        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
+        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings(), evaluating(policy):
             warnings.simplefilter("ignore")
             if policy not in PROGRAMS or not computes(PROGRAMS[policy], policy, obs):
                 PROGRAMS[policy] = trace(policy, obs)

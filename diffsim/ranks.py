@@ -6,6 +6,7 @@ lists the messages.
 """
 
 import os
+import random
 import signal
 import sys
 import time
@@ -122,12 +123,17 @@ def seed(n: int) -> int:
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Of this process's generators, for a checkpoint: a GPU has one of its own."""
-    state = dict(rng=torch.get_rng_state())
+    kind, keys, *rest = np.random.get_state()  # of NumPy and Python what a task or a fork may draw
+    state = dict(rng=torch.get_rng_state(), python_rng=random.getstate())
+    state |= dict(numpy_rng=[kind, torch.from_numpy(keys.astype(np.int64)), *rest])
     return state | dict(gpu_rng=torch.cuda.get_rng_state(device)) if device.type == "cuda" else state
 
 
 def set_random_state(checkpoint: dict, device: torch.device):
     torch.set_rng_state(checkpoint["rng"])
+    random.setstate(checkpoint["python_rng"])
+    kind, keys, *rest = checkpoint["numpy_rng"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     if device.type == "cuda" and "gpu_rng" in checkpoint:  # a run may go on elsewhere
         torch.cuda.set_rng_state(checkpoint["gpu_rng"], device)
 

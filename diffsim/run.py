@@ -29,28 +29,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffsim import memory, ranks
+from diffsim import memory, ranks, run_files
 from diffsim.flags import explain, fail, load, one_line_errors, run_folder, script
 from diffsim.play import record
-from diffsim.policy import import_compiler, layers, write_policy
+from diffsim.policy import evaluating, import_compiler, layers, write_policy
 from diffsim.program import tell, unwind
-from diffsim.run_files import Tables, config, hold, make_folder, read_rows, release, try_folder, write_whole
+from diffsim.run_files import Tables, hold, make_folder, process_start, read_rows, release, try_folder, write_whole
 from diffsim.tasks import is_file
 
 PATIENCE = 20  # rows without one finite gradient; then the run stops
 OF_A_RUN = "temperature", "return_scale"  # parts that depend on a run's flags and rewards: --init-from leaves them out
 NONFINITE = "physics/nonfinite_states"
 OF_A_RANK = "env", "return_scale"  # parts that differ between the processes of torchrun
-
-
-def process_start() -> float:
-    """When this process began, seconds since the epoch; where the system does not tell, now."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return time.time()
 
 
 def column(tag: str) -> str:
@@ -112,13 +102,18 @@ class Run:
         """The folder, config.json and the tables, which the first process keeps for all."""
         with one_line_errors():  # what cannot be exported is not trained for an hour first
             write_policy(self.policy, self.env.single_observation_space.shape[0], self.env.device, io.BytesIO())
+            if self.args.resume is None:
+                run_files.check_parts(self.parts)
         with self._writing():
             if self.args.resume is None:
-                name = f"{self.args.env.split(':')[-1].lower()}__{script()}__{self.args.seed}"
-                self.folder = make_folder(self.folder / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}", self.args.env)
+                env = self.args.env.split(":")[-1].lower().replace("/", "-")
+                name = f"{env}__{script()}__{self.args.seed}"
+                self.folder = make_folder(self.folder / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
             with one_line_errors():
                 hold(self.folder)
-            text = config(self.args, script(), self.iteration, self.folder / "config.json")
+            if changed := run_files.keep_code(self.folder, self.args.env, self.iteration):
+                self._say(f"the code has changed since the run began: {self.folder} has {', '.join(changed)}, too")
+            text = run_files.config(self.args, script(), self.iteration, self.folder / "config.json")
             write_whole(self.folder / "config.json", lambda path: path.write_text(text))
             self.tables = Tables(self.folder, self.args, rows, self.global_step)
 
@@ -299,7 +294,7 @@ class Run:
     def log(self, numbers: dict):
         """Numbers of this iteration, by tag; an iteration that logs none has no row."""
         self._check(numbers)
-        self.numbers |= {tag: x.item() if isinstance(x, torch.Tensor) else x for tag, x in numbers.items()}
+        self.numbers |= {t: x.item() if isinstance(x, (torch.Tensor, np.generic)) else x for t, x in numbers.items()}
 
     def mean(self, numbers: dict):
         """Numbers of one of many updates, by tag: the row has their means since the last one."""
@@ -364,8 +359,9 @@ class Run:
     def save(self):
         """checkpoint.pt, and policy.pt2: observation -> action, a program that needs no script; never with a NaN."""
         self._stop_at_nan()
-        example = torch.zeros(2, *self.env.single_observation_space.shape, device=self.env.device)
-        if not torch.isfinite(self.policy(example)).all():  # parameters near the largest number
+        with evaluating(self.policy):
+            action = self.policy(torch.zeros(2, *self.env.single_observation_space.shape, device=self.env.device))
+        if not torch.isfinite(action).all():  # parameters near the largest number
             self._stop("the policy's action is not finite")
         own = {name: self.parts[name].state_dict() for name in OF_A_RANK if name in self.parts}
         own = {name: {k: x.cpu() for k, x in state.items()} for name, state in own.items()}

@@ -1,6 +1,7 @@
 """The folder of a run: made where it can be, files that are whole, config.json, and the tables of its numbers."""
 
 import csv
+import io
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from itertools import count
 from math import isinf
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import diffsim
@@ -26,23 +28,56 @@ COLUMNS = ["iteration", "global_step", "wall_time_s"]  # of metrics.csv, the fir
 HELD: dict[Path, int] = {}  # folders of this process, and the open files that lock them
 
 
+def process_start() -> float:
+    """When this process began, seconds since the epoch; where the system does not tell, now."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
 def try_folder(path: str | Path):
     """Raises OSError where no folder can be made or written to; leaves nothing behind."""
     there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
     tempfile.TemporaryFile(dir=there).close()
 
 
-def make_folder(path: Path, env: str) -> Path:
-    """A new folder of that name, or with a suffix: another run may begin in the same second. With copies of the code
-    that a commit need not have: the script, and the file of a task that is in one."""
-    files = [Path(file) for file in (sys.argv[0], is_file(env) and env.rpartition(":")[0]) if file]
+def make_folder(path: Path) -> Path:
+    """A new folder of that name, or with a suffix: another run may begin in the same second."""
     for n in count(1):
         folder = path if n == 1 else path.with_name(f"{path.name}-{n}")
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
-            for file in filter(Path.is_file, files):
-                shutil.copy(file, folder)
             return folder
+
+
+def keep_code(folder: Path, env: str, iteration: int) -> list[str]:
+    """Copies of the code that a commit need not have: the script, and the file of a task that is in one. What has
+    changed when a run goes on is kept beside what it began with, my_idea.5.py from iteration 5 on; their names."""
+    changed = []
+    for file in (Path(name) for name in (sys.argv[0], is_file(env) and env.rpartition(":")[0]) if name):
+        if file.is_file():
+            kept = folder / file.name
+            if iteration and kept.is_file() and kept.read_bytes() != file.read_bytes():
+                kept = kept.with_name(f"{file.stem}.{iteration}{file.suffix}")
+                changed.append(kept.name)
+            write_whole(kept, lambda path, file=file: shutil.copy(file, path))
+    return changed
+
+
+def check_parts(parts: dict):
+    """Raises ValueError, one line, for a part whose state a checkpoint could not give back."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict  # noqa: B018
+            torch.save(part.state_dict(), state := io.BytesIO())
+            torch.load(io.BytesIO(state.getvalue()), weights_only=True)
+        except Exception as e:
+            reason = str(e).partition("\n")[0]
+            wanted = "state_dict, of tensors, numbers and text, and load_state_dict are wanted"
+            raise ValueError(f"run.restore: {name} cannot be saved as plain data ({reason}): {wanted}") from e
 
 
 def hold(folder: Path):
@@ -80,6 +115,11 @@ def provenance() -> dict:
     return dict(date=date, command=command, commit=commit or None, versions=versions) | of_rank_0
 
 
+def plain(x):
+    """JSON has no inf."""
+    return str(x) if isinstance(x, float) and isinf(x) else x
+
+
 def config(args, script: str, iteration: int, before: Path) -> str:
     """config.json of a run that starts, or goes on at an iteration: then `before` is the one it had."""
     now, had = provenance(), {}
@@ -88,7 +128,7 @@ def config(args, script: str, iteration: int, before: Path) -> str:
             had = json.loads(before.read_text()) if before.is_file() else {}
         had = had if isinstance(had, dict) and isinstance(had.get("resumed", []), list) else {}
         now = had | dict(resumed=[*had.get("resumed", []), now | dict(iteration=iteration)])
-    flags = {k: str(v) if isinstance(v, float) and isinf(v) else v for k, v in asdict(args).items()}  # JSON has no inf
+    flags = {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v) for k, v in asdict(args).items()}
     return json.dumps(now | dict(script=script, args=flags), indent=1) + "\n"
 
 

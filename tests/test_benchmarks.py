@@ -1,5 +1,6 @@
 """The committed results, the tables and figures made of them, and the script that adds to them."""
 
+import json
 import os
 import re
 import shutil
@@ -276,6 +277,7 @@ def run_folder(path: Path, seed=1, rows=300, script="shac", **flags) -> Path:
     pd.DataFrame(metrics).to_csv(path / "metrics.csv", index=False)
     args = dict(env="ant", seed=seed, physics="diffsim", eval_episodes=64, run_dir=str(path.parent)) | flags
     torch.save(dict(script=script, args=args), path / "checkpoint.pt")
+    (path / "config.json").write_text(json.dumps(dict(script=script, args=args)))
     return path
 
 
@@ -322,17 +324,25 @@ def test_throughput_of_an_unknown_task_is_one_line(tmp_path, refused):
 
 def test_plot_leaves_out_files_that_no_run_wrote(tmp_path, capsys):
     good, *bad = [run_folder(tmp_path / f"ant__shac__{seed}__now", seed) for seed in range(5)]
-    (good / "checkpoint.pt").write_bytes(b"junk")
+    (good / "config.json").write_bytes(b"junk")
     head = "global_step,wall_time_s,episodic_return\n"
     for folder, text in zip(bad, (head + "1,1,=1\n", "episodic_return\n1\n", "a\n1,2\n", head + "\xff\n")):
         (folder / "metrics.csv").write_text(text, encoding="latin-1")
     assert len(plot.of_user((good, *bad))["ant"]["shac"]) == 1
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 5 and "checkpoint.pt is not a readable checkpoint" in " ".join(said), said
-    for name in ("metrics.csv", "checkpoint.pt"):  # a pipe would be waited for
+    assert len(said) == 5 and "config.json is not readable" in " ".join(said), said
+    for name in ("metrics.csv", "config.json"):  # a pipe would be waited for
         (bad[0] / name).unlink(missing_ok=True)
         os.mkfifo(bad[0] / name)
     assert plot.of_user((good, bad[0])) and "seed" not in plot.settings(bad[0])
+
+
+def test_plot_tells_runs_apart_that_have_no_checkpoint_yet(tmp_path):
+    folders = [run_folder(tmp_path / f"ant__{seed}", seed, env="Ant-v5", gamma=0.9 + seed // 2) for seed in range(3)]
+    for folder in folders:
+        (folder / "checkpoint.pt").unlink()
+    drawn = plot.of_user(tuple(folders))["Ant-v5"]
+    assert {label: len(curves) for label, curves in drawn.items()} == {"shac gamma=0.9": 2, "shac gamma=1.9": 1}
 
 
 def test_plot_says_in_a_line_what_is_no_run(tmp_path):

@@ -1,11 +1,13 @@
 """What the four scripts have in common, and what diffsim/flags.py and run.py do for each of them."""
 
 import ast
+import contextlib
 import csv
 import importlib
 import io
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -15,12 +17,14 @@ import time
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diffsim
-from diffsim.flags import RunArgs, bounds, parse
+from diffsim.flags import RunArgs, bounds, fits, parse
+from diffsim.policy import evaluating, read_policy, write_policy
 from diffsim.program import start
 from diffsim.run import Run
 from tests import ROOT, SCRIPTS, WINDOWS, command_line, rows, run_fresh, run_script, the_run
@@ -537,6 +541,66 @@ def table(run) -> list[dict]:
         head, *body = csv.reader(f)
     assert all(len(line) == len(head) for line in body) and len(set(head)) == len(head)
     return [dict(zip(head, line)) for line in body]
+
+
+class Odd(Still):
+    """A part with a state that plain data cannot hold."""
+
+    def state_dict(self, **_):
+        return dict(mean=np.zeros(3))
+
+
+@pytest.mark.parametrize("part", [Odd(), torch.zeros(3)])
+def test_a_part_that_could_not_be_resumed_is_named_before_training(part, tmp_path, capsys):
+    run, still = Run(Flags(run_dir=str(tmp_path)), 4, 10), Still()
+    with pytest.raises(SystemExit):
+        run.restore(still, still, mean=part)
+    said = capsys.readouterr().err.strip()
+    assert "run.restore: mean cannot be saved as plain data" in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_of_numpys_and_its_generators_are_in_the_checkpoint(still):
+    run = still()
+    for iteration in run:
+        run.log({"eval/episodic_return": np.float64(iteration)})
+    drawn = np.random.rand(), random.random()
+    for _ in (run := still(iterations=8, resume=str(run.folder))):
+        assert (np.random.rand(), random.random()) == drawn and run.best == 3
+        break
+
+
+def test_code_that_changed_is_kept_beside_what_a_run_began_with(still, tmp_path, monkeypatch, capsys):
+    (script := tmp_path / "idea.py").write_text("first = 1\n")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with pytest.raises(SystemExit):
+        for _ in (run := still(stop_after=2)):
+            pass
+    for text, kept in (("first = 1\n", ["idea.py"]), ("second = 2\n", ["idea.3.py", "idea.py"])):
+        script.write_text(text)
+        with contextlib.suppress(SystemExit):
+            for _ in still(resume=str(run.folder), stop_after=3 if "first" in text else None):
+                pass
+        assert sorted(file.name for file in run.folder.glob("*.py")) == kept
+    assert (run.folder / "idea.py").read_text() == "first = 1\n" and (run.folder / "idea.3.py").read_text() == text
+    assert f"the code has changed since the run began: {run.folder} has idea.3.py, too" in capsys.readouterr().out
+
+
+def test_a_flag_that_a_checkpoint_could_not_hold_is_named(refused, tmp_path):
+    code = (ROOT / "shac.py").read_text().replace("    gamma: Fraction", "    steps: KIND\n    gamma: Fraction", 1)
+    for kind, said in (("__import__('pathlib').Path = '.'", "Args.steps is "), ("list[int] = ()", "Args.steps is ()")):
+        (fork := tmp_path / "fork.py").write_text(code.replace("KIND", kind))
+        assert said in refused(fork, "--env", "cartpole", "--run-dir", tmp_path)
+    assert fits([1, 2], list[int]) and fits((1, "a"), tuple[int, str]) and not fits((1,), tuple[int, str])
+
+
+def test_dropout_is_for_training_alone(tmp_path):
+    policy = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    write_policy(policy, 3, "cpu", tmp_path / "policy.pt2")
+    assert all(module.training for module in policy.modules())
+    read, obs = read_policy(tmp_path / "policy.pt2"), torch.randn(5, 3)
+    with evaluating(policy):
+        torch.testing.assert_close(read(obs), policy(obs))
 
 
 def test_numbers_become_columns(still):

@@ -409,6 +409,56 @@ def test_a_tasks_xml_and_imports_may_be_beside_its_file(tmp_path, monkeypatch):
     assert make("its folder/task.py:Mine").model.nv == 2
 
 
+@pytest.mark.parametrize(
+    "base, written, said",
+    [
+        ("cartpole", dict(max_steps=5), "Mine.max_steps means nothing to diffsim; is it max_episode_steps?"),
+        ("Ant-v5", dict(healthy_rewards=2), "Mine.healthy_rewards means nothing to diffsim; is it healthy_reward?"),
+        ("cartpole", dict(__init__=lambda self: setattr(self, "max_episode_step", 4)), "is it max_episode_steps?"),
+        (
+            "cartpole", dict(reset=lambda self, model, n, _: (torch.rand(model.nq, n), torch.rand(model.nv, n))),
+            "Mine.reset draws other numbers than its generator's",
+        ),
+        ("progress", dict(reward=lambda self, q, v, a: q[0]), "reward counts only if Progress.transition_reward calls"),
+        ("progress", {}, None), ("cartpole", dict(observe=lambda self, q, v, a: torch.cat([q, v]), obs=1), None),
+    ],
+)  # fmt: skip
+def test_what_a_task_has_and_diffsim_never_asks_for(base, written, said, recwarn):
+    class Progress(diffsim.TASKS["cartpole"]):
+        def transition_reward(self, before, qpos, qvel, action):
+            return qpos[0] - before[0]
+
+    make(type("Mine", (Progress if base == "progress" else diffsim.TASKS[base],), {"__module__": "mine"} | written))
+    warned = [str(w.message) for w in recwarn]
+    assert len(warned) == (said is not None) and (said or "") in "".join(warned), warned
+
+
+def test_starts_are_drawn_anew_when_all_episodes_begin():
+    class Lesson(diffsim.TASKS["cartpole"]):
+        level = 0.0
+
+        def reset(self, model, count, generator):
+            return tuple(x + self.level for x in super().reset(model, count, generator))
+
+    env = diffsim.make(task := Lesson(), 4, compile=False)
+    env.set_state(env.get_state() | dict(start_qpos=env.qpos.clone(), start_qvel=env.qvel.clone()))  # drawn ahead
+    task.level = 100.0
+    env.reset()
+    assert (env.qpos > 50).all()
+
+
+def test_gymnasium_decides_how_long_an_episode_lasts():
+    env = gymnasium.make("diffsim/hopper", max_episode_steps=3)
+    env.reset(seed=1)
+    ends = [env.step(env.action_space.sample())[2:4] for _ in range(3)]
+    assert ends == [(False, False), (False, False), (False, True)]
+    assert gymnasium.spec("diffsim/hopper").max_episode_steps == diffsim.TASKS["hopper"].max_episode_steps
+    one, two = (gymnasium.make_vec("diffsim/hopper", 2, compile=False, max_episode_steps=9) for _ in range(2))
+    assert one.max_episode_steps == 9 and not torch.equal(one.reset()[0], two.reset()[0])
+    with pytest.raises(ValueError, match="diffsim/hopper has no render_mode; python -m diffsim.play"):
+        gymnasium.make("diffsim/hopper", render_mode="rgb_array")
+
+
 def test_a_misspelt_method_is_named_in_a_warning():
     class Mine(diffsim.TASKS["cartpole"]):
         noise = 3

@@ -39,7 +39,10 @@ class Task:
     warn_of_self_collision = True
 
     def reset(self, model, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Initial qpos (nq, count), qvel (nv, count), of model.dtype and on model.device; draw by `generator` alone."""
+        """Initial qpos (nq, count), qvel (nv, count), of model.dtype and on model.device; draw by `generator` alone.
+
+        Called for all environments at once: those that are not needed yet begin later episodes, until `env.reset()`.
+        """
         raise NotImplementedError("reset")
 
     def observe(self, qpos: Tensor, qvel: Tensor, action: Tensor) -> Tensor:

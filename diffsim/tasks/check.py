@@ -53,13 +53,31 @@ def check_settings(task: Task):
             raise ValueError(f"{name}.{setting} is {value!r}; it must be True or False")
 
 
+ELSEWHERE = {  # what other libraries call it
+    "max_episode_steps": "max_steps max_episode_length episode_length horizon time_limit",
+    "control_dt": "dt timestep time_step control_timestep", "substeps": "frame_skip decimation n_substeps",
+    "terminated": "done is_done termination is_terminated", "observe": "obs get_obs observation get_observation",
+    "reward": "get_reward compute_reward calc_reward", "reset": "reset_model", "collisions": "self_collisions",
+}  # fmt: skip
+OTHERS = {name: ours for ours, names in ELSEWHERE.items() for name in names.split()}
+
+
 def warn_of_typos(task: Task):
     """A task that derives from another has all that it needs: a misspelt `rewards` would go unnoticed."""
-    known = [x for x in vars(Task) if len(x) > 4 and not x.startswith("_")]
+    ours, theirs = [], [(type(task).__name__, vars(task))]
     for cls in type(task).__mro__:
-        for mine in vars(cls) if not cls.__module__.startswith(("diffsim.", "builtins")) else ():
-            if mine not in known and (meant := difflib.get_close_matches(mine.lower(), known, 1, 0.85)):
-                warnings.warn(f"{cls.__name__}.{mine} means nothing to diffsim; is it {meant[0]}?", stacklevel=2)
+        own = cls.__module__.startswith(("diffsim.", "builtins"))
+        ours, theirs = (ours + list(vars(cls)), theirs) if own else (ours, [*theirs, (cls.__name__, vars(cls))])
+    long = [x for x in ours if len(x) > 4 and not x.startswith("_")]
+    for name, mine in ((name, x) for name, xs in theirs for x in xs if x not in ours and not x.startswith("__")):
+        meant = difflib.get_close_matches(mine.lower(), long, 1, 0.85) or [OTHERS.get(mine.lower())]
+        if meant[0] and not any(meant[0] in xs for _, xs in theirs):  # else mine is its helper
+            warnings.warn(f"{name}.{mine} means nothing to diffsim; is it {meant[0]}?", stacklevel=2)
+    methods = "transition_reward", "reward"
+    rewards = [(x, cls.__name__) for cls in type(task).__mro__ for x in methods if x in vars(cls)]
+    if rewards[0][0] == "reward" and reward_method(task) != "reward":
+        asked = next(name for x, name in rewards if x == "transition_reward")
+        warnings.warn(f"{rewards[0][1]}.reward counts only if {asked}.transition_reward calls it", stacklevel=2)
 
 
 def check_methods(task: Task, model, differentiable: bool = False) -> int:
@@ -73,6 +91,10 @@ def check_methods(task: Task, model, differentiable: bool = False) -> int:
     generator, obs_dim = torch.Generator(device=model.device).manual_seed(0), "obs_dim"
     for count in (2, 1):  # a reset may ignore its count, a squeeze may take a batch of one for no batch
         qpos, qvel = state(task, "reset", model, count, generator, model=model, count=count)
+        starts = [call(task, "reset", model, count, generator.manual_seed(0)) for _ in range(2)]
+        if count == 2 and not differentiable and not all(close(*pair) for pair in zip(*starts)):
+            text = "draws other numbers than its generator's: starts would differ each time, whatever the seed"
+            warnings.warn(f"{type(task).__name__}.reset {text}", stacklevel=3)
         noise, action = qvel.new_zeros(model.nv, count), qvel.new_zeros(model.nu, count)
         for x, width in (noise, 0.05), (action, 1.0):
             x.uniform_(-width, width, generator=generator)
