@@ -477,7 +477,8 @@ def test_resume_is_exact_and_a_policy_needs_no_script(script, arm, tmp_path):
     a, b, c = (rows(tmp_path / x) for x in "abc")
     assert a == b and a != c and float(a[-1]["eval_return"]) < 0
     one, two = (torch.load(the_run(tmp_path / x) / "checkpoint.pt", weights_only=True) for x in "ab")
-    for key in one.keys() - {"script", "args", "wall_time_s"}:
+    assert one["python_rng"] == two["python_rng"] and str(one["numpy_rng"]) == str(two["numpy_rng"])
+    for key in one.keys() - {"script", "args", "wall_time_s", "python_rng", "numpy_rng"}:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
     program = torch.export.load(run / "policy.pt2").module()
     assert program(torch.randn(5, 6)).shape == (5, 2) and bool((program(100 * torch.randn(5, 6)).abs() <= 1).all())
