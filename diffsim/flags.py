@@ -224,7 +224,7 @@ def parse(Args, defaults: dict, one_process: bool = False):
 
     `defaults` names settings by task ("ant"), task and engine ("ant on mujoco") or engine ("on gymnasium"); a task in a
     file has those of the task that it derives from. With --resume they are the run's own, of which a flag may change
-    total_timesteps only. Under torchrun the processes are connected, unless the script runs as one.
+    total_timesteps and capture_video only. Under torchrun the processes are connected, unless the script runs as one.
     """
     start()
     if one_process and ranks.WORLD > 1:
@@ -253,7 +253,7 @@ def parse(Args, defaults: dict, one_process: bool = False):
     final = cli(Args, default=default)
     if args.resume is not None:
         for key, value in vars(final).items():
-            if key not in ("stop_after", "total_timesteps") and value != getattr(default, key):
+            if key not in ("stop_after", "total_timesteps", "capture_video") and value != getattr(default, key):
                 flag = f"--{key.replace('_', '-')}"
                 fail(f"{flag} is {value}, the run has {getattr(default, key)}: resuming keeps its arguments")
     for name, hint in get_type_hints(Args, include_extras=True).items():

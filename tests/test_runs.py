@@ -88,7 +88,7 @@ def test_a_complete_run_can_be_lengthened_and_every_column_is_explained(script, 
 
 
 def test_a_run_cannot_end_before_it_is(cartpole, refused):
-    said = refused("shac.py", "--resume", cartpole, "--total-timesteps", 4)
+    said = refused("shac.py", "--resume", cartpole, "--total-timesteps", 4, "--capture-video")
     assert f"--total-timesteps comes to 1 iterations, --resume {cartpole} has done 2" in said
 
 
