@@ -13,7 +13,7 @@ go through tanh. Runs on diffsim's tasks, on MuJoCo's physics, and on Gymnasium'
     python -m diffsim.play runs/ant__ppo_baseline__1__<time>      # returns, and --video ant.mp4
 """
 
-import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
+import diffsim  # isort: skip  before torch: from here on Ctrl-C prints one line
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from torch.distributions import Normal
 
-from diffsim import ranks
+from diffsim import ranks  # torchrun's processes: a run of one has nothing to share
 from diffsim.flags import RunArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run

@@ -16,7 +16,7 @@ replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unro
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
 """
 
-import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
+import diffsim  # isort: skip  before torch: from here on Ctrl-C prints one line
 import copy
 import math
 from dataclasses import dataclass, replace

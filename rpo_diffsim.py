@@ -1,9 +1,9 @@
 """RPO: Reparameterization Proximal Policy Optimization (Zhong et al., ICML 2026, arXiv 2508.06214), in one file.
 
 1. Roll N differentiable environments forward for a window of H steps under a Gaussian policy, u = mean + std noise.
-2. One backward pass through the simulator gives g = dR/du of every sampled action. Keep g, drop the graph.
-   For M epochs: regenerate the noise with which the new policy outputs the old u (eq. 10), weight each sample by its
-   importance ratio, leave it out where the ratio is out of range (eq. 11), and stay near the old policy (eq. 12-14).
+2. One backward pass through the simulator gives g = dR/du of every sampled action, R the discounted return since its
+   window or episode began. Keep g, drop the graph. For M epochs: regenerate the noise with which the new policy has
+   the old u (eq. 10), weight samples by importance ratios in range (eq. 11), stay near the old policy (eq. 12-14).
 3. Fit the critics to TD(lambda) targets of the same window (SHAC, eq. 6-7); go on from where the environments are.
 
 One epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper. CleanRL's RPO is another.
@@ -14,7 +14,7 @@ One epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not 
     python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
 
-import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
+import diffsim  # isort: skip  before torch: from here on Ctrl-C prints one line
 import copy
 import math
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ import torch.nn as nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
-from diffsim import ranks
+from diffsim import ranks  # torchrun's processes: a run of one has nothing to share
 from diffsim.flags import PhysicsArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
@@ -113,9 +113,9 @@ ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient i
 # Beyond the paper: dR/du that varies less, and PPO's gradient, whose variance stiff contacts do not raise. The paper's
 # bonus keeps actions from where tanh is flat; an averaged policy is not the paper's. benchmarks/trials.md has trials.
 ESTIMATOR = dict(score_share=0.5, normalize_returns=True, action_gradient_lambda=0.9, normalize_action_gradients=True)
-LIVELY = dict(entropy_coef=0.02, policy_average=0.98)
-FALLS = ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5, score_share=1.0)
-LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # what may fall: longer windows, stiffer contacts
+LIVELY = dict(entropy_coef=0.02, policy_average=0.98)  # the noise stays; what is evaluated is steady
+FALLS = ESTIMATOR | LIVELY | dict(horizon=16, gamma=0.995, kl_coef=0.5, score_share=1.0)  # early falls
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # longer windows, stiffer contacts
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000), "anymal": dict(total_timesteps=3_000_000),
@@ -165,7 +165,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Values V(obs) of one network or several; each network's own output is scaled to mean 0 and deviation 1."""
+    """Values V(obs) of networks that learn returns scaled to mean 0 and deviation 1; forward scales them back."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -285,7 +285,7 @@ if __name__ == "__main__":
 
     with one_line_errors(), ranks.in_turn():
         env = diffsim.make(args.env, ranks.share(args.num_envs), seed=ranks.seed(args.seed), **args.engine())
-        env.check_gradient(args.horizon)
+        env.check_gradient(args.horizon)  # warns if rewards do not depend on the actions
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -366,7 +366,7 @@ if __name__ == "__main__":
         run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
-        for part in {critic, target_critic} if args.normalize_returns else ():
+        for part in {critic, target_critic} if args.normalize_returns else ():  # in shac.py both may be one
             part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
             for index in torch.randperm(len(targets), device=env.device).tensor_split(args.critic_minibatches):

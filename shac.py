@@ -15,7 +15,7 @@ ICLR 2025, arXiv 2412.12089; its targets are of the critics' least). RPO is what
     python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
 
-import diffsim  # isort: skip  before torch: Ctrl-C is one line from here on
+import diffsim  # isort: skip  before torch: from here on Ctrl-C prints one line
 import copy
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ import torch.nn as nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
-from diffsim import ranks
+from diffsim import ranks  # torchrun's processes: a run of one has nothing to share
 from diffsim.flags import PhysicsArgs, fail, one_line_errors, parse
 from diffsim.play import Evaluator
 from diffsim.run import Run
@@ -105,7 +105,7 @@ class Args(PhysicsArgs):
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
 BIG_CRITIC = dict(critic_hidden=(128, 128))
 ON_MUJOCO = dict(actor_learning_rate=1e-3, eval_every=250_000)  # its gradient is noisier: smaller steps
-LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # what may fall: longer windows, stiffer contacts
+LEGGED = dict(horizon=16, gamma=0.995, stiffness=2.4, smoothing=1.0)  # longer windows, stiffer contacts
 DEFAULTS = {
     "cartpole": dict(total_timesteps=1_000_000, actor_hidden=(64, 64), actor_learning_rate=1e-2),
     "ant": dict(total_timesteps=2_500_000), "anymal": dict(total_timesteps=3_000_000),
@@ -151,7 +151,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Values V(obs) of one network or several; each network's own output is scaled to mean 0 and deviation 1."""
+    """Values V(obs) of networks that learn returns scaled to mean 0 and deviation 1; forward scales them back."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -247,7 +247,7 @@ if __name__ == "__main__":
 
     with one_line_errors(), ranks.in_turn():
         env = diffsim.make(args.env, ranks.share(args.num_envs), seed=ranks.seed(args.seed), **args.engine())
-        env.check_gradient(args.horizon)
+        env.check_gradient(args.horizon)  # warns if rewards do not depend on the actions
         evaluator = Evaluator(args)
     env.reset(options=dict(stagger=args.stagger))
     obs_dim, act_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -328,7 +328,7 @@ if __name__ == "__main__":
         run.lap("policy")
 
         # --- critics: TD(lambda) regression ----------------------------------------------------------------------
-        for part in {critic, target_critic} if args.normalize_returns else ():
+        for part in {critic, target_critic} if args.normalize_returns else ():  # in shac.py both may be one
             part.returns.update(targets[:, None])
         for _ in range(args.critic_epochs):
             for index in torch.randperm(len(targets), device=env.device).tensor_split(args.critic_minibatches):

@@ -76,7 +76,7 @@ class GymnasiumTwin(Task):
 
 
 class AntV5(GymnasiumTwin):
-    """Gymnasium's Ant."""
+    """Gymnasium's Ant, without contact forces."""
 
     xml = GYMNASIUM_ASSETS / "ant.xml"
     gymnasium_kwargs = dict(include_cfrc_ext_in_observation=False)
@@ -126,7 +126,7 @@ class Walker2dV5(GymnasiumTwin):
 
 
 class HumanoidV5(GymnasiumTwin):
-    """Gymnasium's Humanoid."""
+    """Gymnasium's Humanoid, observed by qpos and qvel."""
 
     xml = GYMNASIUM_ASSETS / "humanoid.xml"
     gymnasium_kwargs = {f"include_{x}_in_observation": False for x in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}

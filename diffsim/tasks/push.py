@@ -1,4 +1,6 @@
-"""An arm of two links pushes a ball over the ground to a goal: the smallest task in which two moving bodies touch."""
+"""An arm of two links pushes a ball over the ground to a goal: the smallest task in which two moving bodies touch.
+
+A trial of RPO came to a return of -23 after a million steps (benchmarks/trials.md)."""
 
 import torch
 
