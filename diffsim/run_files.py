@@ -128,7 +128,7 @@ def config(args, script: str, iteration: int, before: Path) -> str:
             had = json.loads(before.read_text()) if before.is_file() else {}
         had = had if isinstance(had, dict) and isinstance(had.get("resumed", []), list) else {}
         now = had | dict(resumed=[*had.get("resumed", []), now | dict(iteration=iteration)])
-    flags = {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v) for k, v in asdict(args).items()}
+    flags = {k: [*map(plain, v)] if isinstance(v, (tuple, list)) else plain(v) for k, v in asdict(args).items()}
     return json.dumps(now | dict(script=script, args=flags), indent=1) + "\n"
 
 
