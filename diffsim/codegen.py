@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffsim.builder import build_model
 from diffsim.dynamics import backward, forward
 from diffsim.model import Model
 
@@ -380,6 +381,8 @@ def generate(model: Model, cuda: bool = False) -> list[str]:
 
     LANES is left to the C++ compiler's command.
     """
+    if model.device.type != "cpu":  # autograd follows a GPU's operations in a thread of its own, out of Trace's sight
+        model = build_model(model.mj_model, model.softness, "cpu", model.dtype, model.collisions)
     nq, nv, nu, double = model.nq, model.nv, model.nu, model.dtype == torch.float64
     step = (Path(__file__).parent / "step.cpp").read_text()
     common = f"typedef {'double' if double else 'float'} T;\n#define NQ {nq}\n#define NV {nv}\n#define NU {nu}\n"

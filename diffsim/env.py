@@ -9,6 +9,7 @@ The gradient contract:
   through that step.
 """
 
+import hashlib
 import warnings
 from functools import partial
 from numbers import Integral
@@ -31,6 +32,7 @@ from diffsim.tasks import Task
 from diffsim.tasks.check import check_methods, check_settings, reward_method, warn_of_typos
 
 STATE = ("qpos", "qvel", "last_action", "episode_length", "episode_return", "episode_successes")  # of each copy
+GENERATORS = {5056, 16}  # bytes of the states of a CPU's random generator and a GPU's
 EXPLODED = 1e3  # m/s or rad/s: no robot here comes near it
 
 
@@ -275,6 +277,8 @@ class DiffEnv(gymnasium.vector.VectorEnv):
             if not isinstance(state[name], Tensor) or state[name].layout != own.layout:
                 raise ValueError(f"state has {name} as {type(state[name]).__name__}, it must be a dense tensor")
             rows = slice(1 if name.startswith("start_") else None)  # there are as many starts as are left
+            if name == "generator" and {own.numel(), state[name].numel()} == GENERATORS:
+                continue
             if state[name].shape[rows] != own.shape[rows] or state[name].ndim != own.ndim:
                 raise ValueError(f"state has {name} {tuple(state[name].shape)}, this environment {tuple(own.shape)}")
         if state["generator"].dtype != torch.uint8:
@@ -282,6 +286,10 @@ class DiffEnv(gymnasium.vector.VectorEnv):
         for name in STATE:
             setattr(self, name, state[name].to(before[name]).clone())
         self._starts = [state[n].to(self.qpos.detach()).clone() for n in ("start_qpos", "start_qvel")]
-        self._generator.set_state(state["generator"].cpu())
+        generator = state["generator"].cpu()
+        if len(generator) == len(before["generator"]):
+            self._generator.set_state(generator)
+        else:  # of a CPU, and this one a GPU's, or the other way: a stream of its own goes on
+            self._generator.manual_seed(int.from_bytes(hashlib.sha256(generator.numpy()).digest()[:7], "big"))
 
     state_dict, load_state_dict = get_state, set_state

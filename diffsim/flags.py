@@ -252,8 +252,9 @@ def parse(Args, defaults: dict, one_process: bool = False):
         default = replace(args, **settings | dict(physics=physics))
     final = cli(Args, default=default)
     if args.resume is not None:
+        free = ("stop_after", "total_timesteps", "capture_video", "device")
         for key, value in vars(final).items():
-            if key not in ("stop_after", "total_timesteps", "capture_video") and value != getattr(default, key):
+            if key not in free and value != getattr(default, key):
                 flag = f"--{key.replace('_', '-')}"
                 fail(f"{flag} is {value}, the run has {getattr(default, key)}: resuming keeps its arguments")
     for name, hint in get_type_hints(Args, include_extras=True).items():

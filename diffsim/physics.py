@@ -36,6 +36,7 @@ SOURCES = (  # of the step
 # As imported: a file may be edited while this process runs.
 SOURCE = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in SOURCES))
 KINDS = ("forward", "backward")
+THREADS = 64  # of a GPU's block
 UNCOMPILED: set[Path] = set()  # what this process could not compile
 STEPS = ("writing out its equations", "compiling them")
 # Vector registers in bytes, and the compiler's flags, by what PyTorch found in this processor.
@@ -68,18 +69,15 @@ class Compiled:
         if model.device.type == "cuda":
             from torch.cuda._utils import _cuda_load_module
 
-            self.kernels = {}
-            for kind in KINDS:
-                name = (folder / f"{kind}.name").read_text()
-                with torch.cuda.device(model.device):
-                    self.kernels[kind] = _cuda_load_module((folder / f"{kind}.cubin").read_bytes(), [name])[name]
+            with torch.cuda.device(model.device):
+                self.kernels = _cuda_load_module((folder / "step.cubin").read_bytes(), list(KINDS))
         else:
             self.library = ctypes.CDLL(str(folder / "step.so"))
 
     def _run(self, kind: str, arrays: list[Tensor], substeps: int, batch: int):
         if self.model.device.type == "cuda":
             with torch.cuda.device(self.model.device):
-                self.kernels[kind]((-(-batch // 64), 1, 1), (64, 1, 1), [*arrays, substeps, batch])
+                self.kernels[kind]((-(-batch // THREADS), 1, 1), (THREADS, 1, 1), [*arrays, substeps, batch])
         else:
             pointers = (ctypes.c_void_p(x.data_ptr()) for x in arrays)
             getattr(self.library, kind)(*pointers, ctypes.c_int(substeps), ctypes.c_int(batch))
@@ -265,14 +263,12 @@ def _compile_cuda(file: str, model: Model, work: Path) -> str | None:
     """The kernels of a CUDA file, by the compiler that comes with PyTorch."""
     from torch.cuda._utils import _nvrtc_compile
 
-    for kind in KINDS:
-        try:
-            with torch.cuda.device(model.device):
-                binary, name = _nvrtc_compile(file, kind)
-        except (RuntimeError, OSError) as e:
-            return f" ({str(e).strip().splitlines()[-1][:160]})"
-        (work / f"{kind}.cubin").write_bytes(binary)
-        (work / f"{kind}.name").write_text(name)
+    try:
+        with torch.cuda.device(model.device):
+            binary, _ = _nvrtc_compile(file, KINDS[0])  # it holds both
+    except (RuntimeError, OSError) as e:
+        return f" ({str(e).strip().splitlines()[-1][:160]})"
+    (work / "step.cubin").write_bytes(binary)
     return None
 
 

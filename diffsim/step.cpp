@@ -4,7 +4,7 @@
 // A V holds LANES environments, in CUDA one. Arrays are (rows, n), as PyTorch has them.
 #ifdef __CUDACC__
 #define HERE static __device__ __noinline__
-#define ALL __global__
+#define ALL extern "C" __global__
 #define LANES 1
 #define COPY memcpy
 typedef T V;

@@ -167,6 +167,17 @@ def test_same_seed_same_bits_and_state_round_trip():
     assert torch.equal(d, e)
 
 
+def test_a_gpus_state_goes_on_on_a_cpu():
+    env = diffsim.make("cartpole", 2, compile=False)
+    env.reset()
+    of_gpu = {**env.get_state(), "generator": torch.arange(16, dtype=torch.uint8)}  # seed and offset
+    seen = []
+    for change in (0, 0, 1):
+        env.set_state({**of_gpu, "generator": of_gpu["generator"] + change})
+        seen.append(env.reset()[0])
+    assert seen[0].equal(seen[1]) and not seen[0].equal(seen[2])
+
+
 def test_staggered_starts_are_drawn_from_the_environments_generator():
     drawn = []
     for seed in (1, 1, 2):
