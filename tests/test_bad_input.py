@@ -103,6 +103,7 @@ shac.py --env ant-v5 | unknown env 'ant-v5'; did you mean Ant-v5
 shac.py --env Pendulum-v1 --physics diffsim | Pendulum-v1 is Gymnasium's alone
 shac.py --device tpu | unknown device 'tpu'
 shac.py --device cuda | finds no CUDA
+shac.py --resume {run} --device cuda | finds no CUDA
 shac.py --device | --device
 shac.py --no-such-flag | --no-such-flag
 shac.py --num-env 3 | --num-env
