@@ -2,7 +2,7 @@
 
 1. Roll N environments forward for a batch of T steps; no gradient goes through physics.
 2. Estimate the advantage of every action by GAE (Schulman et al. 2016, arXiv 1506.02438).
-3. For some epochs of minibatches: improve policy and critic on the clipped score-function surrogate (eq. 7).
+3. For some epochs of minibatches: improve the policy on the clipped surrogate (eq. 7), fit the critic to the returns.
 
 The same tasks and policy layers as in shac.py and rpo_diffsim.py, but one critic, and actions are clipped where theirs
 go through tanh. Runs on diffsim's tasks, on MuJoCo's physics, and on Gymnasium's environments of continuous actions.
@@ -66,7 +66,7 @@ class Args(RunArgs):
     clip_coef: Norm = 0.2
     """clip range of the importance ratio (and of the value, with clip_vloss)"""
     clip_vloss: bool = True
-    """clip the value's change, too"""
+    """clip the value's change, too; with --no-norm-reward clip_coef is in the reward's own units, often too little"""
     entropy_coef: Weight = 0.0
     """weight of the entropy bonus"""
     vf_coef: Weight = 0.5
@@ -187,12 +187,12 @@ class DeterministicPolicy(nn.Module):
 
     def __init__(self, normalizer: Normalizer, agent: Agent, space):
         super().__init__()
-        self.normalizer, self.mean = normalizer, agent.mean
+        self.normalizer, self.agent = normalizer, agent
         self.register_buffer("low", torch.as_tensor(space.low))
         self.register_buffer("high", torch.as_tensor(space.high))
 
     def forward(self, obs):
-        return torch.clamp(self.mean(self.normalizer(obs)), self.low, self.high)
+        return torch.clamp(self.agent(self.normalizer(obs)).mean, self.low, self.high)
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma: float, lam: float):

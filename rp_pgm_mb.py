@@ -9,8 +9,8 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
     lr  likelihood ratio: the score function on the model's trajectories, no derivative of the model
 
 Spectral normalisation of model and policy slows how the variance of dp and dr grows with h. Critics, temperature and
-replay buffer are soft actor-critic's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 --end-cost 0
---quiet-episodes 0 is that. The paper has no end cost and the like, nor --expand-critic: benchmarks/learned_model.md.
+replay buffer are SAC's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 --end-cost 0 --quiet-episodes 0
+--no-spectral-norm --policy-frequency 1 --policy-average 0 is that. What the paper lacks: benchmarks/learned_model.md.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -138,7 +138,7 @@ def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequen
         nn.init.orthogonal_(linear.weight, 0.01 if k == len(sizes) - 2 else 1.0 if k in normalized else 2**0.5)
         nn.init.zeros_(linear.bias)
         layers += [spectral_norm(linear, "weight", args.power_iterations) if k in normalized else linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1]).eval()
+    return nn.Sequential(*layers[:-1]).eval()  # power iterations only where train() asks; dropout would be off, too
 
 
 def squashed_log_prob(policy: Normal, u):
@@ -215,8 +215,8 @@ class Model(nn.Module):
         return self.reward[0] + self.reward[1] * reward, logit + 3.0  # few steps end an episode
 
     def losses(self, batch: dict, ends: dict, share):
-        """Squared errors of next observation and reward; cross entropy of termination: E[loss of a step that goes on]
-        + share * E[loss of one that ends]. Those are one of hundreds, so `ends` is a batch of them alone."""
+        """Squared errors of next observation and reward; cross entropy of termination: (1 - share) * E[loss of a step
+        that goes on] + share * E[loss of one that ends]. Those are one of hundreds: `ends` is a batch of them alone."""
         z, action, z_next = batch["z"], torch.tanh(batch["u"]), batch["z_next"]
         state_loss = (self.dynamics(torch.cat([z, action], -1)) - (z_next - z) / self.change).square().mean()
         reward, logit = self.outcome(z, action, z_next)
@@ -257,7 +257,7 @@ class DeterministicPolicy(nn.Module):
     def __init__(self, normalizer: Normalizer, actor: Actor, space):
         super().__init__()
         self.normalizer, self.actor = normalizer, actor
-        low, high = (torch.as_tensor(x, dtype=torch.float32) for x in (space.low, space.high))
+        low, high = (torch.as_tensor(x).float().nan_to_num(posinf=1.0, neginf=-1.0) for x in (space.low, space.high))
         self.register_buffer("middle", (low + high) / 2)
         self.register_buffer("half_range", (high - low) / 2)
 

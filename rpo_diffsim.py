@@ -9,7 +9,7 @@
 One epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper. CleanRL's RPO is another.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
-    python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's symmetric clip
+    python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's range, but see rpo_surrogate
     python rpo_diffsim.py --env ant --physics mujoco         # MuJoCo's steps, diffsim's gradients
     python -m diffsim.play runs/<run>                        # returns, and --video ant.mp4
 """
@@ -80,7 +80,7 @@ class Args(PhysicsArgs):
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     policy_average: Decay = 0.0
-    """share of the averaged policy, the one evaluated and exported, that is kept at each window; 0: the last policy"""
+    """share of the averaged policy, the one evaluated and exported, that is kept; at first a plain mean; 0: the last"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
@@ -104,7 +104,7 @@ class Args(PhysicsArgs):
     log_std_init: Number = -1.0
     """initial log standard deviation of the policy's noise, before tanh"""
     state_dependent_std: bool = False
-    """let the policy's noise depend on the observation"""
+    """let the policy's noise depend on the observation, its log std between -5 and 2"""
 
 
 # What differs from Args for a task, on an engine; flags on the command line win. Budgets are a few minutes on a CPU.
@@ -139,7 +139,7 @@ def mlp(sizes: list[int], activation: str) -> nn.Sequential:
     """Linear - activation - LayerNorm; the last layer plain and small, so that actions and values start near zero."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes[:-2], sizes[1:-1]):
-        layers += [nn.Linear(i, o), nn.ELU() if activation == "elu" else nn.SiLU(), nn.LayerNorm(o)]
+        layers += [nn.Linear(i, o), {"elu": nn.ELU, "silu": nn.SiLU}[activation](), nn.LayerNorm(o)]
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     for layer in layers:
         if isinstance(layer, nn.Linear):
@@ -165,7 +165,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Values V(obs) of networks that learn returns scaled to mean 0 and deviation 1; forward scales them back."""
+    """Values V(obs); with normalize_returns the networks learn returns of mean 0 and deviation 1, scaled back here."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -205,10 +205,10 @@ class DeterministicPolicy(nn.Module):
 
     def __init__(self, normalizer: Normalizer, actor: Actor):
         super().__init__()
-        self.normalizer, self.mean = normalizer, actor.mean
+        self.normalizer, self.actor = normalizer, actor
 
     def forward(self, obs):
-        return torch.tanh(self.mean(self.normalizer(obs)))
+        return torch.tanh(self.actor(self.normalizer(obs)).mean)
 
 
 def td_lambda(rewards, next_values, terminated, truncated, gamma: float, lam: float):
@@ -378,9 +378,10 @@ if __name__ == "__main__":
                 critic_optimizer.step()
                 run.mean({"losses/value_loss": value_loss / args.num_critics})
         with torch.no_grad():
-            for slow, fast, kept in (target_critic, critic, args.target_alpha), (average, policy, args.policy_average):
+            kept = min(args.policy_average, iteration / (iteration + 1))
+            for slow, fast, share in (target_critic, critic, args.target_alpha), (average, policy, kept):
                 for x, new_x in zip(slow.parameters(), fast.parameters()):
-                    x.lerp_(new_x, 1 - kept)
+                    x.lerp_(new_x, 1 - share)
         normalizer.update(window["obs"].flatten(0, 1))
         average.load_state_dict(dict(policy.named_buffers()), strict=False)
         run.lap("critic")

@@ -84,7 +84,7 @@ class RunArgs:
     resume: str | None = None
     """run folder or checkpoint.pt to continue, with its arguments; another --total-timesteps lengthens the run"""
     init_from: str | None = None
-    """run folder or checkpoint.pt whose networks and normalisers a new run begins with; SHAC's and RPO's are alike"""
+    """run folder or checkpoint.pt whose networks, noise and normalisers a new run has; SHAC's and RPO's are alike"""
     run_dir: str = "runs"
     """where the run folder is made"""
     capture_video: bool = False
@@ -213,7 +213,8 @@ def of_checkpoint(Args, flag: str, path: str, by: str | None = None):
     hints = get_type_hints(Args, include_extras=True)
     if not isinstance(args, dict) or set(args) != set(hints):
         differ = ", ".join(map(str, set(args) ^ set(hints))) if isinstance(args, dict) else "no flags"
-        fail(f"{flag} {path}: a checkpoint of another version of {by or script()}.py ({differ})")
+        instead = "; --init-from begins a new run with its networks" if flag == "--resume" and args else ""
+        fail(f"{flag} {path}: a checkpoint of another version of {by or script()}.py ({differ}){instead}")
     if wrong := [name for name, hint in hints.items() if not fits(args[name], hint)]:
         fail(f"{flag} {path}: not a readable checkpoint ({wrong[0]} is {args[wrong[0]]!r})")
     return Args(**args)

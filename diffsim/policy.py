@@ -126,9 +126,9 @@ def plain(program: torch.export.ExportedProgram) -> dict:
 
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            if node.name in kept:
+            if node.name in kept and node.users:
                 weights[node.name] = tensors[kept[node.name]].detach().cpu()
-            else:
+            elif node.name not in kept:
                 obs = node.name
         elif node.op == "output":
             ((output,),) = node.args

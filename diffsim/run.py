@@ -131,15 +131,19 @@ class Run:
 
     def _init_from(self, checkpoint: dict):
         """Networks and normalisers of another run; optimisers, counters and environments are new."""
-        for name, part in self.parts.items():
-            if hasattr(part, "parameters") and name not in OF_A_RUN:
-                if name not in checkpoint:
-                    fail(f"--init-from {self.args.init_from}: a run of {checkpoint['script']}.py, which has no {name}")
-                try:
+        given = f"--init-from {self.args.init_from}"
+        parts = {k: x for k, x in self.parts.items() if hasattr(x, "parameters") and k not in OF_A_RUN}
+        if not checkpoint.keys() & (networks := [k for k, x in parts.items() if [*x.parameters()]]):
+            fail(f"{given}: a run of {checkpoint['script']}.py, which has no {networks[0]}")
+        for name, part in parts.items():
+            try:
+                if name in checkpoint:
                     part.load_state_dict(checkpoint[name])
-                except (RuntimeError, TypeError, AttributeError):
-                    theirs, own = (layers(state) for state in (checkpoint[name], part.state_dict()))
-                    fail(f"--init-from {self.args.init_from}: its {name} has layers {theirs}, this run's {own}")
+                else:  # a fork's
+                    self._say(f"{given} has no {name}: it begins new")
+            except (RuntimeError, TypeError, AttributeError):
+                theirs, own = (layers(state) for state in (checkpoint[name], part.state_dict()))
+                fail(f"{given}: its {name} has layers {theirs}, this run's {own}")
 
     def _load(self, checkpoint: dict) -> list[dict]:
         """The state of a checkpoint; returns the rows of metrics.csv up to it."""

@@ -262,15 +262,17 @@ def test_no_sample_counts_more_than_its_bound(tmp_path):
 
 
 def test_the_averaged_policy_is_the_one_that_is_kept(tmp_path):
-    """One update of it is between the first policy (nearly all kept) and the last (nothing kept)."""
-    first, last, between = (
-        after_run(tmp_path / keep, *f"--env cartpole --total-timesteps 4 --policy-average {keep}".split())
-        for keep in ("0.999999999", "0", "0.25")
-    )
-    old, new = (nn.utils.parameters_to_vector(run["average"].parameters()) for run in (first, last))
-    assert torch.equal(new, nn.utils.parameters_to_vector(last["policy"].parameters())) and not torch.allclose(old, new)
-    average = nn.utils.parameters_to_vector(between["average"].parameters())
-    torch.testing.assert_close(average, 0.25 * old + 0.75 * new)
+    """At first, a plain mean: after one update the policy itself, after two of both. Then a share of it is kept."""
+    runs = {}
+    for steps, keep in ((1, 0.9), (1, 0.0), (2, 0.9), (2, 0.0), (2, 0.25)):
+        flags = f"--env cartpole --total-timesteps {4 * steps} --policy-average {keep}"
+        runs[steps, keep] = after_run(tmp_path / f"{steps}-{keep}", *flags.split())
+    average = {k: nn.utils.parameters_to_vector(run["average"].parameters()) for k, run in runs.items()}
+    one, two, between = average[1, 0.0], average[2, 0.0], runs[2, 0.25]
+    assert torch.equal(one, average[1, 0.9]) and not torch.allclose(one, two)
+    assert torch.equal(two, nn.utils.parameters_to_vector(runs[2, 0.0]["policy"].parameters()))
+    for keep, share in ((0.9, 0.5), (0.25, 0.25)):
+        torch.testing.assert_close(average[2, keep], share * one + (1 - share) * two)
     assert between["run"].policy is between["average"]
     torch.testing.assert_close(between["average"].normalizer.mean, between["normalizer"].mean)
 

@@ -135,6 +135,15 @@ def test_networks_that_do_not_fit_are_one_line(cartpole, tmp_path, refused):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_a_fork_adds_begins_new(cartpole, tmp_path):
+    (tmp_path / "fork.py").write_text((ROOT / "shac.py").read_text().replace(
+        "actor=actor,", "actor=actor, extra=nn.Linear(2, 2),"))  # fmt: skip
+    args = small("shac.py", run_dir=tmp_path / "runs", stop_after=1)
+    said = run_script(tmp_path / "fork.py", *args, "--init-from", cartpole)
+    assert f"--init-from {cartpole} has no extra: it begins new" in said
+    assert "extra" in checkpoint(the_run(tmp_path / "runs"))
+
+
 def test_rpo_begins_with_the_networks_of_shac(cartpole, tmp_path):
     args = small("rpo_diffsim.py", run_dir=tmp_path, num_envs=2, stop_after=1, actor_learning_rate=1e-9)
     run_script("rpo_diffsim.py", *args, "--init-from", cartpole)
