@@ -218,13 +218,12 @@ def td_lambda(rewards, next_values, terminated, truncated, gamma: float, lam: fl
     With lam = 1 they are the discounted returns up to the episode's end, or the window's and its value (eq. 5).
     """
     targets, after = [], next_values[-1]
-    closes = torch.ones_like(terminated[-1])  # the window or the episode ends here: the sum takes V, and no more
+    closes = terminated | truncated  # the window or the episode ends here: the sum takes V, and no more
+    closes[-1] = True
     for t in reversed(range(len(rewards))):
-        closes = closes | terminated[t] | truncated[t]
-        following = torch.where(closes, next_values[t], (1 - lam) * next_values[t] + lam * after)
+        following = torch.where(closes[t], next_values[t], (1 - lam) * next_values[t] + lam * after)
         after = rewards[t] + gamma * torch.where(terminated[t], 0.0, following)
         targets.append(after)
-        closes = torch.zeros_like(closes)
     return torch.stack(targets[::-1])
 
 

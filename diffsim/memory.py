@@ -32,8 +32,10 @@ def check(num_envs: int, each: int, device: torch.device | str = "cpu"):
         raise ValueError(f"num_envs is {num_envs}: that takes {need}; at most {int(free // each)} fit")
 
 
-def limit():
+def limit(device: torch.device | str = "cpu"):
     """From now on what is not free cannot be allocated: Linux would grant it, and kill the process when it is used."""
+    if torch.device(device).type == "cuda":
+        return  # its driver reserves far more addresses than it uses
     with suppress(ImportError, OSError, ValueError):
         import resource
 

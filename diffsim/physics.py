@@ -77,7 +77,7 @@ class Compiled:
     def _run(self, kind: str, arrays: list[Tensor], substeps: int, batch: int):
         if self.model.device.type == "cuda":
             with torch.cuda.device(self.model.device):
-                self.kernels[kind]((-(-batch // THREADS), 1, 1), (THREADS, 1, 1), [*arrays, substeps, batch])
+                self.kernels[kind]((-(-batch // THREADS), 1, 1), (THREADS, 1, 1), [*arrays, int(substeps), batch])
         else:
             pointers = (ctypes.c_void_p(x.data_ptr()) for x in arrays)
             getattr(self.library, kind)(*pointers, ctypes.c_int(substeps), ctypes.c_int(batch))
@@ -91,7 +91,8 @@ class Compiled:
 
     def backward(self, states: Tensor, *inputs: Tensor):
         inputs = [x.to(self.model.dtype).contiguous() for x in inputs]
-        outputs = [states.new_empty(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nu)]
+        # Zeros, because on a GPU it takes an operation of torch's to bind it to this thread, which is autograd's.
+        outputs = [states.new_zeros(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nu)]
         self._run("backward", [states, *inputs, *outputs], len(states), states.shape[2])
         return outputs
 
@@ -261,13 +262,16 @@ def _compile(files: list[str], model: Model, temporary: Path, work: Path) -> str
 
 def _compile_cuda(file: str, model: Model, work: Path) -> str | None:
     """The kernels of a CUDA file, by the compiler that comes with PyTorch."""
+    import torch.utils.cpp_extension as toolkit
     from torch.cuda._utils import _nvrtc_compile
 
+    toolkit.CUDA_HOME = toolkit.CUDA_HOME or "/usr"  # torch looks for CUDA's headers, of which nothing is included
     try:
         with torch.cuda.device(model.device):
             binary, _ = _nvrtc_compile(file, KINDS[0])  # it holds both
     except (RuntimeError, OSError) as e:
-        return f" ({str(e).strip().splitlines()[-1][:160]})"
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        return f" ({next((x for x in lines if 'error' in x), lines[-1])[:160]})"
     (work / "step.cubin").write_bytes(binary)
     return None
 

@@ -7,6 +7,7 @@ tensors, and no other code.
 """
 
 import base64
+import copy
 import io
 import logging
 import operator
@@ -78,6 +79,10 @@ def write_policy(policy: nn.Module, obs_dim: int, device, file, **trained_on):
             data = dict(graph=plain(core), obs_dim=obs_dim, env="", physics="") | trained_on
             Policy(data)(obs)
             torch.save(data, buffer)
+            if obs.is_cuda:  # who has no GPU loads it, too
+                from torch.export.passes import move_to_device_pass
+
+                program = move_to_device_pass(copy.deepcopy(program), "cpu")
             torch.export.save(program, file, extra_files={ENTRY: base64.b64encode(buffer.getvalue()).decode()})
     except OSError:
         raise

@@ -30,8 +30,8 @@ class ReplayBuffer:
         """Segments of `length` successive steps, (length, size, ...), among the `recent` latest environment steps."""
         held = len(self) if recent is None else min(len(self), max(recent // self.num_envs, length))
         start = self.count - held + torch.randint(held - length + 1, (size,))
-        index = (start + torch.arange(length)[:, None]) % self.capacity
-        env = torch.randint(self.num_envs, (size,)).expand(length, size)
+        index = ((start + torch.arange(length)[:, None]) % self.capacity).to(self.device)
+        env = torch.randint(self.num_envs, (size,)).to(self.device).expand(length, size)
         return {k: x[index, env] for k, x in self.data.items()}
 
     def ends(self, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -42,7 +42,7 @@ class ReplayBuffer:
         share = torch.tensor(len(self.ended) / (len(self) * self.num_envs))
         if not self.ended:
             return {k: x[0] for k, x in self.sample(size).items()}, share
-        chosen = torch.tensor([self.ended[i] for i in torch.randint(len(self.ended), (size,)).tolist()])
+        chosen = torch.tensor([self.ended[i] for i in torch.randint(len(self.ended), (size,)).tolist()]).to(self.device)
         index = chosen // self.num_envs % self.capacity, chosen % self.num_envs
         return {k: x[index] for k, x in self.data.items()}, share
 

@@ -65,7 +65,7 @@ class Run:
         self.interrupted, self.nonfinite = 0, []  # by this signal, seen here; tags of the last row
         sys.excepthook = explain
         import_compiler()
-        memory.limit() if args.device == "cpu" else torch.set_float32_matmul_precision("high")  # TF32 for the networks
+        memory.limit(args.device)
         self.best, self.left_out = -inf, 0  # return of the best evaluation; successive rows without any gradient
         self.warned = self.moved = self.stuck = False  # some were left out; some were not; all were for too long
         for generator in (random.seed, np.random.seed, torch.manual_seed):
