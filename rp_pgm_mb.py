@@ -252,7 +252,7 @@ class Normalizer(nn.Module):
 
 
 class DeterministicPolicy(nn.Module):
-    """What is evaluated and exported: observation -> action within its bounds, its normaliser inside."""
+    """What is evaluated and exported: observation -> action in its bounds (none: -1, 1), its normaliser inside."""
 
     def __init__(self, normalizer: Normalizer, actor: Actor, space):
         super().__init__()
