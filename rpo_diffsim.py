@@ -6,7 +6,7 @@
    the old u (eq. 10), weight samples by importance ratios in range (eq. 11), stay near the old policy (eq. 12-14).
 3. Fit the critics to TD(lambda) targets of the same window (SHAC, eq. 6-7); go on from where the environments are.
 
-One epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper. CleanRL's RPO is another.
+One epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper. CleanRL's RPO is not this.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
     python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's range, but see rpo_surrogate
@@ -74,13 +74,13 @@ class Args(PhysicsArgs):
     normalize_action_gradients: bool = False
     """divide a window's dR/du by their root mean square"""
     max_action_grad_norm: Norm = float("inf")
-    """then scale those of a sample down to this norm: none outshouts the rest where contacts are stiff"""
+    """scale a sample's dR/du down to this norm: none outshouts the rest where contacts are stiff"""
     score_share: Weight = 0.0
     """not the papers': add PPO's gradient, which no derivative of physics enters, scaled to this share of the norm"""
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     policy_average: Decay = 0.0
-    """share of the averaged policy, the one evaluated and exported, that is kept; at first a plain mean; 0: the last"""
+    """share that is kept of an average of the policy, evaluated and exported; at first a plain mean; 0: no average"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95

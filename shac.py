@@ -6,7 +6,7 @@
 3. Fit the critics to TD(lambda) targets of the same window (SHAC, eq. 6-7); go on from where the environments are.
 
 With entropy in the rewards, a learned temperature and two critics without target networks this is SAPO (Xing et al.,
-ICLR 2025, arXiv 2412.12089; its targets are of the critics' least). RPO is what `diff shac.py rpo_diffsim.py` says.
+ICLR 2025, arXiv 2412.12089; its targets take the critics' minimum). RPO is what `diff shac.py rpo_diffsim.py` says.
 
     python shac.py --env ant                                 # trains in minutes on a laptop's CPU
     python shac.py --env ant --entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 \
@@ -67,7 +67,7 @@ class Args(PhysicsArgs):
     max_grad_norm: Norm = 1.0
     """gradients of policy and critics are scaled down to this norm"""
     policy_average: Decay = 0.0
-    """share of the averaged policy, the one evaluated and exported, that is kept; at first a plain mean; 0: the last"""
+    """share that is kept of an average of the policy, evaluated and exported; at first a plain mean; 0: no average"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95

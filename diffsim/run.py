@@ -173,7 +173,7 @@ class Run:
             fail(f"--resume {self.folder}: its {bad[0]} is not finite")
         if total != before and self.total > self.iteration:
             done, of_before = (f"{self.global_step / steps:.0%}" for steps in (total, before))
-            said = f"--total-timesteps {total}, was {before}: {done} of the run are done, were {of_before}"
+            said = f"--total-timesteps {total}, was {before}: {done} of the run is done, was {of_before}"
             self._say(f"{said}; learning rates that fall over a run go by that share")
         if not (self.folder / "metrics.csv").exists():
             self._say(f"--resume {self.folder}: no metrics.csv there; a new one begins at step {self.global_step:,}")

@@ -73,7 +73,7 @@ def test_a_complete_run_can_be_lengthened_and_every_column_is_explained(script, 
     run_script(script, *small(script, arm, tmp_path, total_timesteps=12), *engines)
     run, done = the_run(tmp_path), 6 if script == "rp_pgm_mb.py" else 3
     said = run_script(script, "--resume", run, "--env", arm, "--total-timesteps", 24)
-    assert "--total-timesteps 24, was 12: 50% of the run are done, were 100%; learning rates" in said
+    assert "--total-timesteps 24, was 12: 50% of the run is done, was 100%; learning rates" in said
     assert f"{done} iterations of " in said
     assert checkpoint(run)["global_step"] == checkpoint(run)["args"]["total_timesteps"] == 24
     table = rows(tmp_path)
