@@ -27,7 +27,7 @@ def load_runs() -> pd.DataFrame:
 @cache
 def load_curves() -> dict[str, pd.DataFrame]:
     """curves.csv.gz by run. Where a speed was measured, time passes as it says: most runs were not side by side."""
-    curves = pd.read_csv(HERE / "curves.csv.gz").eval("steps = global_step")
+    curves = pd.read_csv(HERE / "curves.csv.gz", low_memory=False).eval("steps = global_step")
     runs, first = load_runs().set_index("run", drop=False), curves.groupby("run")[["wall_time_s", "steps"]].first()
     start = first.wall_time_s.groupby([runs.env, runs.algorithm, runs.physics, runs.tag]).transform("median")
     per_s = {r.run: speed(r.env, r.algorithm, r.physics) for r in runs.itertuples() if r.tag in ORDINARY}

@@ -223,7 +223,7 @@ def test_a_policy_of_finite_parameters_whose_action_is_not(run, monkeypatch):
 
     def poisoned(self, numbers):
         if self.iteration == 6:
-            self.parts["average"].state_dict()["mean.0.bias"].uniform_(0, 3e38)
+            self.parts["average"].state_dict()["actor.mean.0.bias"].uniform_(0, 3e38)
         log(self, numbers)
 
     monkeypatch.setattr(Run, "log", poisoned)
