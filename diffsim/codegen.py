@@ -377,10 +377,8 @@ def write(e: Expressions, rows: int, results: list, number: Callable) -> tuple[l
 
 
 def generate(model: Model, cuda: bool = False) -> list[str]:
-    """C++ files, the last one with the functions `forward` and `backward` of step.cpp; for CUDA one file.
-
-    LANES is left to the C++ compiler's command.
-    """
+    """C++ files, the last one with the functions `forward` and `backward` of step.cpp; for CUDA one file. LANES is left
+    to the C++ compiler's command."""
     if model.device.type != "cpu":  # autograd follows a GPU's operations in a thread of its own, out of Trace's sight
         model = build_model(model.mj_model, model.softness, "cpu", model.dtype, model.collisions)
     nq, nv, nu, double = model.nq, model.nv, model.nu, model.dtype == torch.float64
