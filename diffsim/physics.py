@@ -77,6 +77,7 @@ class Compiled:
     def _run(self, kind: str, arrays: list[Tensor], substeps: int, batch: int):
         if self.model.device.type == "cuda":
             with torch.cuda.device(self.model.device):
+                arrays[-1].zero_()  # an output: only an operation of torch's binds the GPU to a thread of autograd's
                 self.kernels[kind]((-(-batch // THREADS), 1, 1), (THREADS, 1, 1), [*arrays, int(substeps), batch])
         else:
             pointers = (ctypes.c_void_p(x.data_ptr()) for x in arrays)
@@ -91,8 +92,7 @@ class Compiled:
 
     def backward(self, states: Tensor, *inputs: Tensor):
         inputs = [x.to(self.model.dtype).contiguous() for x in inputs]
-        # Zeros, because on a GPU it takes an operation of torch's to bind it to this thread, which is autograd's.
-        outputs = [states.new_zeros(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nu)]
+        outputs = [states.new_empty(rows, states.shape[2]) for rows in (self.model.nq, self.model.nv, self.model.nu)]
         self._run("backward", [states, *inputs, *outputs], len(states), states.shape[2])
         return outputs
 

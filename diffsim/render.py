@@ -71,10 +71,12 @@ def _draw(binary: str, frames: str, control_dt: str, path: str):
 
     m, qpos = mujoco.MjModel.from_binary_path(binary), np.load(frames)
     m.vis.headlight.ambient[:], m.vis.headlight.diffuse[:] = 0.35, 0.55
-    for plane in np.flatnonzero((m.geom_type == mujoco.mjtGeom.mjGEOM_PLANE) & (m.geom_size[:, 0] > 0)):
-        if (material := m.geom_matid[plane]) >= 0 and not m.mat_texuniform[material]:
-            m.mat_texrepeat[material] /= m.geom_size[plane, :2]
-        m.geom_size[plane, :2] = 0  # drawn without an end: robots run far
+    ground = (m.geom_type == mujoco.mjtGeom.mjGEOM_PLANE) & ((m.geom_contype | m.geom_conaffinity) > 0)
+    for plane in np.flatnonzero(ground):  # drawn without an end, as contacts have it: robots run far
+        size, material = m.geom_size[plane, :2], m.geom_matid[plane]
+        if material >= 0 and not m.mat_texuniform[material]:
+            m.mat_texrepeat[material] /= np.where(size > 0, size, 1)
+        size[:] = 0
     data, camera = mujoco.MjData(m), mujoco.MjvCamera()
     camera.distance, camera.elevation, camera.azimuth = 3.9, -15, 90
     still = m.ncam > 0 and m.cam_mode[0] == mujoco.mjtCamLight.mjCAMLIGHT_FIXED  # the file says where to look from

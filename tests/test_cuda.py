@@ -55,8 +55,8 @@ def test_mujocos_physics_with_the_gpus_gradient():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_trains_resumes_and_its_policy_plays_on_the_cpu(script, tmp_path):
     run_script(script, *small(script, tmp_path / "whole", "--device", "cuda"))
-    half = 2 if script != "rp_pgm_mb.py" else 12
-    run_script(script, *small(script, tmp_path / "half", "--device", "cuda", "--stop-after", half))
+    stop = 2 if script != "rp_pgm_mb.py" else 12
+    run_script(script, *small(script, tmp_path / "half", "--device", "cuda", "--stop-after", stop))
     half = the_run(tmp_path / "half")
     run_script(script, "--resume", half)
     a, b = (rows(tmp_path / x) for x in ("whole", "half"))
