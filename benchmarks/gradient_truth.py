@@ -87,6 +87,7 @@ class Lab:
         obs_dim, act_dim = self.env.single_observation_space.shape[0], self.env.single_action_space.shape[0]
         self.actor, self.critic = rpo.Actor(obs_dim, act_dim, args), rpo.Critics(obs_dim, args)
         self.normalizer = rpo.Normalizer(obs_dim)
+        self.discount = args.gamma ** torch.arange(args.horizon, dtype=self.env.dtype)[:, None]  # (H, 1)
         for name, part in dict(actor=self.actor, target_critic=self.critic, normalizer=self.normalizer).items():
             part.load_state_dict(checkpoint[name])
             part.to(self.env.dtype)
@@ -119,16 +120,12 @@ class Lab:
         keys = "reward", "next_values", "terminated", "truncated"
         return rpo.td_lambda(*(window[key] for key in keys), self.args.gamma, lam)
 
-    def discount(self, noise):
-        """gamma^t, (H, 1)."""
-        return self.args.gamma ** torch.arange(len(noise), dtype=noise.dtype)[:, None]
-
     def action_gradients(self, noise, lam: float) -> tuple[dict, torch.Tensor]:
         """The window, and g (H, N, act_dim) as rpo_diffsim.py caches it before it scales it."""
         window = self.rollout(noise, cut=lam == 0)
         returns, ends = self.returns(window, lam), (window["terminated"], window["truncated"])
         if lam == 0:  # the limit; there the weights lam^t, by which the graph's gradients are divided, are 0
-            g = torch.stack(torch.autograd.grad((self.discount(noise) * returns).sum(), window["us"]))
+            g = torch.stack(torch.autograd.grad((self.discount * returns).sum(), window["us"]))
         else:
             g = rpo.action_gradients(returns, window["us"], *ends, lam).view_as(noise)
         return window, torch.where(torch.isfinite(g).all(-1, keepdim=True), g, 0.0)
@@ -148,7 +145,7 @@ class Lab:
         with torch.no_grad():
             for name, lam in (("score", self.args.gae_lambda), ("score 1", 1.0)):
                 advantage = self.returns(window, lam) - self.critic(self.normalizer(window["obs"])).mean(0)
-                weight = self.discount(noise) * (advantage - advantage.mean()) * window["first"]
+                weight = self.discount * (advantage - advantage.mean()) * window["first"]
                 estimates[name] = (weight[..., None] * noise / window["std"]).sum(0)
             truth, moved = [], []
             for shift in delta * torch.eye(noise.shape[-1], dtype=noise.dtype):

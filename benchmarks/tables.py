@@ -197,7 +197,7 @@ def speeds() -> str:
 IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
 ON_MUJOCO = "physics != 'diffsim' and tag in ['', 'mujoco', 'gymnasium'] and algorithm != 'RP-PGM'"
 AGAINST = "(script == 'opponents' or physics == 'mujoco' and gymnasium and algorithm in ['RPO', 'PPO'] and tag == '')"
-CHANGED = "env == 'ant' and physics == 'diffsim' and (tag.str.startswith('1M') or tag in ['', 'paper'])"
+CHANGED = "env in ['ant', 'walker'] and physics == 'diffsim' and (tag.str.startswith('1M') or tag in ['', 'paper'])"
 BASIC = "task, algorithm, steps, seeds, return, minutes"
 VARIANTS = {  # tables of by_variant
     "learning": (f"{IN_DIFFSIM} and env != 'hand'", f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
@@ -210,7 +210,7 @@ VARIANTS = {  # tables of by_variant
         f"{IN_DIFFSIM} and env == 'hand'",
         f"{BASIC}, goals reached, goals on MuJoCo, return of 64, falls in 64, past a stop (rad)",
     ),
-    "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9]+M') and (tag != '1M' or gymnasium)", f"{BASIC}, engine, on MuJoCo"),
+    "budgets": ("tag.str.fullmatch('(mujoco-)?[0-9.]+M')", f"{BASIC}, engine, on MuJoCo"),
     "equal_time": (
         f"({IN_DIFFSIM} or {ON_MUJOCO}) and algorithm == 'RPO'",
         "task, engine, steps, while training, SHAC in these steps, SAPO in these steps, PPO in these steps, "

@@ -38,11 +38,12 @@ FOLDERS = ROOT / "runs" / "benchmarks"
 ALGORITHMS = {"rpo_diffsim": "RPO", "shac": "SHAC", "ppo_baseline": "PPO", "rp_pgm_mb": "RP-PGM"}
 CURVES = ["global_step", "wall_time_s", "episodic_return", "eval_return", "norm_before_clip", "kl"]
 EPISODES, MANY, POINTS = 10, 64, 200  # points of a curve
-
+KEYS = "envs", "scripts", "seeds", "tag", "flags"
 SAPO = "--entropy-coef 1 --learn-entropy-coef --state-dependent-std --num-critics 2 --no-target-critic "
 SAPO += "--activation silu --weight-decay 0.01 --max-grad-norm 0.5"  # as in the first lines of shac.py
 IDS, ON_MUJOCO = "HalfCheetah-v5 Walker2d-v5 Hopper-v5 Ant-v5 Humanoid-v5", "--physics mujoco"
-PPO_ON_MUJOCO = f"{ON_MUJOCO} --log-std-init -1 --total-timesteps 4000000"
+PPO_ON_MUJOCO, SHORT = f"{ON_MUJOCO} --log-std-init -1 --total-timesteps 4000000", "--total-timesteps 1000000"
+CHANGES = "clip-coef 0.2", "clip-coef inf", "kl-coef 0", "update-epochs 1"  # parts of RPO
 PLAN = [  # what --all runs, in this order: tasks, scripts, number of seeds, tag, flags
     (IDS, "rpo_diffsim", 5, "", ""),
     ("hopper walker ant", "rpo_diffsim", 5, "mujoco", ON_MUJOCO),
@@ -54,6 +55,9 @@ PLAN = [  # what --all runs, in this order: tasks, scripts, number of seeds, tag
     ("ant anymal humanoid hopper", "shac", 5, "sapo", SAPO),
     ("walker cheetah cartpole hand", "rpo_diffsim shac ppo_baseline", 3, "", ""),
     ("walker cheetah cartpole hand", "shac", 3, "sapo", SAPO),
+    *(("ant walker", "rpo_diffsim", 5, f"1M-{x.replace(' ', '-')}", f"{SHORT} --{x}") for x in CHANGES),
+    ("ant walker cheetah", "rpo_diffsim shac", 5, "1M", SHORT),
+    ("anymal", "rpo_diffsim shac", 5, "1.5M", "--total-timesteps 1500000"),
     ("Hopper-v5 HalfCheetah-v5 Walker2d-v5 Ant-v5", "rp_pgm_mb", 5, "", ""),
 ]
 
@@ -122,10 +126,9 @@ def replay(policy, env: str) -> dict:
             row[f"limit_{physics}"] = float(played["limit_violation"].max())
             row[f"depth_{physics}"] = float(played["penetration"].max())
     if env in diffsim.TASKS or not is_gymnasium_id(env):
-        on_mujoco = playback_env(env, MANY, "mujoco")
-        played = rollout(on_mujoco, policy, MANY)
-        row["falls"] = int((played["length"] < on_mujoco.max_episode_steps).sum())
-        row["falls_return"] = float(played["return"].mean())
+        played = rollout(on_mujoco := playback_env(env, MANY, "mujoco"), policy, MANY)
+        fell = played["length"] < on_mujoco.max_episode_steps
+        row |= dict(falls=int(fell.sum()), falls_return=float(played["return"].mean()))
         if "successes" in played:
             ours = rollout(playback_env(env, MANY, "diffsim", **soft.get("diffsim", {})), policy, MANY)
             row |= {"goals_diffsim": ours["successes"].mean(), "goals_mujoco": played["successes"].mean()}
@@ -145,10 +148,9 @@ def measured(folder: Path) -> tuple[dict, pd.DataFrame]:
     last = metrics.iloc[-1]
     row = dict(
         physics=args["physics"], versions=" ".join(f"{name} {version(name)}" for name in ("torch", "mujoco")),
-        steps=int(last.global_step), minutes=round(last.wall_time_s / 60, 3),
+        steps=int(last.global_step), minutes=round(last.wall_time_s / 60, 3), eval_episodes=args["eval_episodes"],
         return_training=metrics.episodic_return.iloc[-5:].mean(), eval_return=metrics.eval_return.iloc[evaluated[-1]],
-        eval_episodes=args["eval_episodes"], kl=metrics.kl.median(), inside_clip=metrics.inside_clip.mean(),
-        std=last["std"],
+        kl=metrics.kl.median(), inside_clip=metrics.inside_clip.mean(), std=last["std"],
     )  # fmt: skip
     return row | replay(*load_policy(folder)), metrics[CURVES].iloc[np.union1d(even, evaluated)]
 
@@ -171,9 +173,8 @@ def put(path: Path, new: pd.DataFrame, digits: int):
 
 def variants(args: Args) -> list[Args]:
     """args, or with --all those of each row of PLAN."""
-    keys = "envs", "scripts", "seeds", "tag", "flags"
     rows = [(envs.split(), scripts.split(), range(1, 1 + seeds), *more) for envs, scripts, seeds, *more in PLAN]
-    return [replace(args, **dict(zip(keys, row))) for row in rows] if args.all else [args]
+    return [replace(args, **dict(zip(KEYS, row))) for row in rows] if args.all else [args]
 
 
 def descends(commit: str, since: str) -> bool:
@@ -221,8 +222,7 @@ def main(args: Args):
     torch.set_num_threads(1)
     if args.since and not descends("HEAD", args.since):
         sys.exit(f"train.py: --since {args.since} is no commit that HEAD comes after")
-    given = [key for key in ("envs", "scripts", "seeds", "flags", "tag") if getattr(args, key) != getattr(Args, key)]
-    if args.all and given:
+    if args.all and (given := [key for key in KEYS if getattr(args, key) != getattr(Args, key)]):
         sys.exit(f"train.py: --all has tasks, scripts and seeds of its own; leave out --{given[0]}")
     if not 1 <= args.part[0] <= args.part[1]:
         sys.exit(f"train.py: --part {args.part[0]} {args.part[1]} is no part; the first of two is --part 1 2")

@@ -1,10 +1,15 @@
 """python -m diffsim: the environments."""
 
+import sys
+
 import diffsim
+from diffsim.flags import fail
 from diffsim.program import start
 
 if __name__ == "__main__":
     start()
+    if sys.argv[1:]:
+        fail(f"{sys.argv[1]}: python -m diffsim lists the environments, and takes no arguments")
     print(f"{'env':14s} {'obs':>4s} {'act':>4s} {'control step':>13s} {'substeps':>9s} {'episode':>8s}  physics   task")
     for name, task in diffsim.TASKS.items():
         env = diffsim.make(name, compile=False)

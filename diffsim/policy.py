@@ -58,9 +58,9 @@ def evaluating(policy: nn.Module):
 
 
 def layers(state) -> str:
-    """Shapes of the matrices in a network's state_dict."""
-    shapes = [x.shape for x in state.values() if x.dim() == 2] if isinstance(state, dict) else []
-    return ", ".join("x".join(map(str, shape)) for shape in shapes) or "none"
+    """Names and shapes of the matrices in a network's state_dict."""
+    shapes = {k: x.shape for k, x in state.items() if x.dim() == 2} if isinstance(state, dict) else {}
+    return ", ".join(f"{k.removesuffix('.weight')} {'x'.join(map(str, x))}" for k, x in shapes.items()) or "none"
 
 
 def write_policy(policy: nn.Module, obs_dim: int, device, file, **trained_on):

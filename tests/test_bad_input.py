@@ -111,6 +111,8 @@ shac.py stray | stray
 shac.py --clip-coef 0.2 | --clip-coef
 shac.py --env | --env
 shac.py --env antt | unknown env 'antt'; did you mean ant. There is cartpole
+shac.py --env atn | did you mean ant
+diffsim/__main__.py ant | ant: python -m diffsim lists the environments, and takes no arguments
 shac.py --env "" | unknown env ''
 shac.py --env ANT | unknown env 'ANT'
 shac.py --env nowhere.py:Task | no file nowhere.py

@@ -34,8 +34,8 @@ def is_file(name: str) -> bool:
 
 def nearest(name: str) -> str | None:
     """The task whose name is most like `name`, whatever its case and version: Ant-v5 for "ant-v4"; None if none is."""
-    names = {task.lower(): task for task in reversed(TASKS)}
-    return next((names[match] for match in difflib.get_close_matches(name.lower(), names, 1, 0.75)), None)
+    names, enough = {task.lower(): task for task in reversed(TASKS)}, 0.75 if "-" in name else 0.6
+    return next((names[match] for match in difflib.get_close_matches(name.lower(), names, 1, enough)), None)
 
 
 def find_task(name: str) -> Task:
