@@ -71,7 +71,7 @@ COLUMNS = {
     "trial": lambda g: g.trial.iloc[0],
     "return": lambda g: spread(g.eval_return),
     "evaluations": lambda g: "; ".join(" ".join(f"{x:,.0f}" for x in evaluations(run)) for run in g.run),
-    "minutes": lambda g: f"{g.minutes.median():.1f}",
+    "own minutes": lambda g: f"{g.minutes.median():.1f}",
     "on MuJoCo": lambda g: spread(g.return_mujoco),
     "past a stop (rad)": lambda g: both_worst(g, "limit", 1, 2),
     "goals reached": lambda g: spread(g.goals_diffsim, 2),
@@ -198,7 +198,7 @@ IN_DIFFSIM = "physics == 'diffsim' and tag in ['', 'sapo']"
 ON_MUJOCO = "physics != 'diffsim' and tag in ['', 'mujoco', 'gymnasium'] and algorithm != 'RP-PGM'"
 AGAINST = "(script == 'opponents' or physics == 'mujoco' and gymnasium and algorithm in ['RPO', 'PPO'] and tag == '')"
 CHANGED = "env in ['ant', 'walker'] and physics == 'diffsim' and (tag.str.startswith('1M') or tag in ['', 'paper'])"
-BASIC = "task, algorithm, steps, seeds, return, minutes"
+BASIC = "task, algorithm, steps, seeds, return, own minutes"
 VARIANTS = {  # tables of by_variant
     "learning": (f"{IN_DIFFSIM} and env != 'hand'", f"{BASIC}, on MuJoCo, past a stop (rad), into the ground (cm)"),
     "opponents": (
@@ -220,10 +220,10 @@ VARIANTS = {  # tables of by_variant
         f"algorithm == 'RPO' and ({CHANGED} or tag == 'no-score' or tag == 'mujoco' and env in ['hopper', 'walker'])",
         "task, engine, setting, steps, seeds, return, KL, inside the clip range, std of its noise",
     ),
-    "trials": ("seed > 100", "task, algorithm, trial, setting, seed, steps, evaluations, minutes"),
+    "trials": ("seed > 100", "task, algorithm, trial, setting, seed, steps, evaluations, own minutes"),
     "model": (
         "algorithm == 'RP-PGM' and seed < 100 and not tag.str.startswith('lab')",
-        "task, setting, steps, seeds, return, best evaluation, lowest since half-way, minutes, PPO in these steps",
+        "task, setting, steps, seeds, return, best evaluation, lowest since half-way, own minutes, PPO in these steps",
     ),
 }
 TABLES = {name: partial(by_variant, *what) for name, what in VARIANTS.items()}

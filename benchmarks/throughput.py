@@ -93,13 +93,15 @@ def training(args: Args, batch: int, *flags: str) -> pd.DataFrame:
 
 
 def training_row(args: Args, batch: int) -> dict:
-    iterations = 30 if batch <= 1024 else 12
-    later = training(args, batch, "--eval-every", "0", "--stop-after", str(iterations)).iloc[iterations // 3 :]
+    iterations = 4000 if args.script == "rp_pgm_mb" else 30 if batch <= 1024 else 12  # its own are single steps
+    curve = training(args, batch, "--eval-every", "0", "--stop-after", str(iterations))
+    later = curve[curve.iteration >= iterations // 3]
     speed = np.polyfit(later.wall_time_s, later.global_step, 1)[0]
     row = dict(env=args.env, batch=batch, processes=args.processes, training=round(speed), commit=commit())
     row |= dict(algorithm=algorithm(args.script, args.flags), flags=args.flags)
     parts = [name for name in ("simulate", "policy", "critic") if f"{name}_s" in later]
-    row |= {name: round(1000 * later[f"{name}_s"].mean()) for name in parts}  # milliseconds
+    each = later.iteration.diff().median()  # iterations of a row
+    row |= {name: round(1000 * later[f"{name}_s"].mean() / each) for name in parts}  # milliseconds
     if args.until:
         curve = training(args, batch, "--total-timesteps", "1000000", "--eval-every", "50000")
         took, evaluated = curve.wall_time_s.diff().fillna(curve.wall_time_s), curve.eval_return.notna()
