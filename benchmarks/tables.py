@@ -217,7 +217,8 @@ VARIANTS = {  # tables of by_variant
         "SHAC in these minutes, SAPO in these minutes, PPO in these minutes, share of SHAC's steps",
     ),
     "ablation": (
-        f"algorithm == 'RPO' and ({CHANGED} or tag == 'no-score' or tag == 'mujoco' and env in ['hopper', 'walker'])",
+        f"algorithm == 'RPO' and seed < 100 and ({CHANGED} or tag == 'no-score' or tag == 'mujoco' and "
+        "env in ['hopper', 'walker'] or tag == '' and env == 'HalfCheetah-v5')",
         "task, engine, setting, steps, seeds, return, KL, inside the clip range, std of its noise",
     ),
     "trials": ("seed > 100", "task, algorithm, trial, setting, seed, steps, evaluations, own minutes"),
