@@ -198,7 +198,7 @@ class DeterministicPolicy(nn.Module):
 def gae(rewards, values, next_values, terminated, truncated, gamma: float, lam: float):
     """Advantages of a batch (GAE, eq. 16), all (T, N): next_values[t] is V(final_obs[t]).
 
-    A terminated state is worth nothing; a truncated episode bootstraps; neither sum crosses into the next episode.
+    A terminated state is worth nothing; a truncated episode bootstraps; no sum crosses into the next episode.
     """
     advantages, after = [], torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):

@@ -1,12 +1,12 @@
 """RPO: Reparameterization Proximal Policy Optimization (Zhong et al., ICML 2026, arXiv 2508.06214), in one file.
 
 1. Roll N differentiable environments forward for a window of H steps under a Gaussian policy, u = mean + std noise.
-2. One backward pass through the simulator gives g = dR/du of every sampled action, R the discounted return since its
-   window or episode began. Keep g, drop the graph. For M epochs: regenerate the noise with which the new policy has
-   the old u (eq. 10), weight samples by importance ratios in range (eq. 11), stay near the old policy (eq. 12-14).
+2. One backward pass through the simulator gives g = dR/du of every sampled action, R the discounted return from the
+   start of its window or episode. Keep g, drop the graph. For M epochs: regenerate the noise with which the new policy
+   has the old u (eq. 10), weight samples by importance ratios in range (eq. 11), stay near the old policy (eq. 12-14).
 3. Fit the critics to TD(lambda) targets of the same window (SHAC, eq. 6-7); go on from where the environments are.
 
-One epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is not in the paper. CleanRL's RPO is not this.
+The first epoch's gradient is SHAC's: `diff shac.py rpo_diffsim.py`. ESTIMATOR is ours. CleanRL's RPO is not this.
 
     python rpo_diffsim.py --env ant                          # trains in minutes on a laptop's CPU
     python rpo_diffsim.py --env ant --clip-coef 0.2          # PPO's range, but see rpo_surrogate
@@ -214,7 +214,7 @@ class DeterministicPolicy(nn.Module):
 def td_lambda(rewards, next_values, terminated, truncated, gamma: float, lam: float):
     """TD(lambda) targets of a window (SHAC, eq. 7), all (H, N): next_values[t] is V(final_obs[t]).
 
-    A terminated state is worth nothing; a truncated episode bootstraps; neither sum crosses into the next episode.
+    A terminated state is worth nothing; a truncated episode bootstraps; no sum crosses into the next episode.
     With lam = 1 they are the discounted returns up to the episode's end, or the window's and its value (eq. 5).
     """
     targets, after = [], next_values[-1]

@@ -200,7 +200,7 @@ class DeterministicPolicy(nn.Module):
 def td_lambda(rewards, next_values, terminated, truncated, gamma: float, lam: float):
     """TD(lambda) targets of a window (SHAC, eq. 7), all (H, N): next_values[t] is V(final_obs[t]).
 
-    A terminated state is worth nothing; a truncated episode bootstraps; neither sum crosses into the next episode.
+    A terminated state is worth nothing; a truncated episode bootstraps; no sum crosses into the next episode.
     With lam = 1 they are the discounted returns up to the episode's end, or the window's and its value (eq. 5).
     """
     targets, after = [], next_values[-1]

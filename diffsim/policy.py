@@ -57,10 +57,13 @@ def evaluating(policy: nn.Module):
             module.training = mode
 
 
-def layers(state) -> str:
-    """Names and shapes of the matrices in a network's state_dict."""
-    shapes = {k: x.shape for k, x in state.items() if x.dim() == 2} if isinstance(state, dict) else {}
-    return ", ".join(f"{k.removesuffix('.weight')} {'x'.join(map(str, x))}" for k, x in shapes.items()) or "none"
+def differences(theirs, own: dict) -> str:
+    """What two state_dicts of a network do not share, the first few: "mean.0.weight is 64x5 there, 7x5 here"."""
+    states = (state if isinstance(state, dict) else {} for state in (theirs, own))
+    there, here = ({k: "x".join(map(str, getattr(x, "shape", ()))) for k, x in state.items()} for state in states)
+    differ = [k for k in here | there if there.get(k) != here.get(k)]
+    words = [f"{k} is {there.get(k, 'missing')} there, {here.get(k, 'missing')} here" for k in differ[:4]]
+    return "; ".join(words + [f"and {len(differ) - 4} more"] * (len(differ) > 4)) or "not in shapes"
 
 
 def write_policy(policy: nn.Module, obs_dim: int, device, file, **trained_on):

@@ -32,7 +32,7 @@ import torch
 from diffsim import memory, ranks, run_files
 from diffsim.flags import explain, fail, load, one_line_errors, run_folder, script
 from diffsim.play import record
-from diffsim.policy import evaluating, import_compiler, layers, write_policy
+from diffsim.policy import differences, evaluating, import_compiler, write_policy
 from diffsim.program import tell, unwind
 from diffsim.run_files import Tables, hold, make_folder, process_start, read_rows, release, try_folder, write_whole
 from diffsim.tasks import is_file
@@ -142,8 +142,8 @@ class Run:
                 else:  # a fork's
                     self._say(f"{given} has no {name}: it begins new")
             except (RuntimeError, TypeError, AttributeError):
-                theirs, own = (layers(state) for state in (checkpoint[name], part.state_dict()))
-                fail(f"{given}: its {name} has layers {theirs}, this run's {own}")
+                fail(f"{given}: its {name} differs: {differences(checkpoint[name], part.state_dict())}")
+        self._say(f"{given}: this run begins with its {', '.join(k for k in parts if k in checkpoint)}")
 
     def _load(self, checkpoint: dict) -> list[dict]:
         """The state of a checkpoint; returns the rows of metrics.csv up to it."""
@@ -308,8 +308,8 @@ class Run:
 
     def _check(self, numbers: dict):
         for tag, x in numbers.items():
-            if isinstance(x, torch.Tensor) and x.numel() != 1:
-                fail(f"{tag} has the shape {tuple(x.shape)}: a number is logged")
+            if not isinstance(x, (torch.Tensor, np.generic, int, float)) or np.prod(np.shape(x)) != 1:
+                fail(f"{tag} is a {type(x).__name__} of the shape {tuple(np.shape(x))}: a number is logged")
             if (other := self.tags.setdefault(column(tag), tag)) != tag:
                 fail(f"{tag} and {other} would both be the column {column(tag)} of metrics.csv")
 

@@ -120,11 +120,11 @@ def test_a_new_run_begins_with_the_networks_of_another(script, tmp_path, refused
 
 
 def test_networks_that_do_not_fit_are_one_line(cartpole, tmp_path, refused):
-    theirs, deep = "mean.0 64x5, mean.3 64x64, mean.6 1x64", "mean.0 128x11, mean.3 64x128, mean.6 32x64, mean.9 3x32"
-    for flags, own in ((["--actor-hidden", 7], "mean.0 7x5, mean.3 1x7"), (["--env", "hopper"], deep)):
+    for flags, own in ((["--actor-hidden", 7], "7x5"), (["--env", "hopper"], "128x11")):
         args = [*small("shac.py", run_dir=tmp_path, total_timesteps=8), *flags]
         said = refused("shac.py", *args, "--init-from", cartpole)
-        assert f"--init-from {cartpole}: its actor has layers {theirs}, this run's {own}" in said
+        assert f"--init-from {cartpole}: its actor differs: " in said
+        assert f"mean.0.weight is 64x5 there, {own} here" in said
     args = small("ppo_baseline.py", run_dir=tmp_path, total_timesteps=8)
     assert refused("ppo_baseline.py", *args, "--init-from", cartpole).endswith("a run of shac.py, which has no agent")
     args = small("rpo_diffsim.py", run_dir=tmp_path, total_timesteps=8, activation="silu")

@@ -846,7 +846,8 @@ def test_defaults_may_choose_an_engine():
 @pytest.mark.parametrize(
     "numbers, message",
     [
-        ({"losses/vec": torch.zeros(3)}, r"losses/vec has the shape (3,)"),
+        ({"losses/vec": torch.zeros(3)}, "losses/vec is a Tensor of the shape (3,)"),
+        ({"note": "hello"}, "note is a str of the shape ()"),
         ({"losses/x": 1.0, "policy/x": 2.0}, "policy/x and losses/x would both be the column x"),
     ],
 )
