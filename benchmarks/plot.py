@@ -46,11 +46,12 @@ def draw(panels: Panels, path: Path, y: str = "episodic_return", axes_x=("global
                 ys = np.stack([np.interp(grid, s[key], s[y], np.nan) for s in seeds])
                 ys[np.stack([grid > 1.02 * s[key].max() for s in seeds])] = np.nan  # it was over before
                 text = "\n".join(textwrap.wrap(label, 44, max_lines=3, placeholder=" ..."))
-                axis.plot(grid / scale, np.nanmean(ys, 0), color=color, label=f"{text} ({len(seeds)})")
+                mark = "." if grid[0] == grid[-1] else ""  # runs of one row
+                axis.plot(grid / scale, np.nanmean(ys, 0), color=color, marker=mark, label=f"{text} ({len(seeds)})")
                 axis.fill_between(grid / scale, np.nanmin(ys, 0), np.nanmax(ys, 0), color=color, alpha=0.2, lw=0)
             axis.set(xlabel="minutes" if scale == 60 else "million environment steps", xlim=(0, None))
         column[0].set_title(title)
-        column[0].legend(fontsize=7)
+        column[0].legend(fontsize=7, framealpha=0.5)
     figure.supylabel("return while training" if y == "episodic_return" else "evaluations", fontsize="medium")
     try:
         figure.savefig(path, dpi=100)
@@ -93,7 +94,7 @@ def of_user(folders: tuple[Path, ...]) -> Panels:
         else:
             variants.append((settings(folder), curve))
     if not variants:
-        sys.exit("plot.py: nothing to draw")
+        sys.exit("plot.py: nothing to draw; name run folders, like runs/ant__*")
     for mine, curve in variants:
         rivals = [x for x, _ in variants if (x["env"], x["script"]) == (mine["env"], mine["script"])]
         differ = [f"{k}={mine[k]}" for k in mine if any(x.get(k) != mine[k] for x in rivals)]
@@ -110,9 +111,8 @@ def draw_gradients(path: Path):
         for (name, sn), group in of_env:
             if key == "bias" and name not in ("dp", "dr"):  # the score functions' noise hides their bias
                 continue
-            values = group[key] / (group[key].iloc[0] if key == "variance" else 1)
-            color, style = f"C{list(ESTIMATORS).index(name)}", "-" if sn == "yes" else "--"
-            label = ESTIMATORS[name] + ", no SN" * (sn == "no")
+            values, style = group[key] / (group[key].iloc[0] if key == "variance" else 1), "-" if sn == "yes" else "--"
+            color, label = f"C{list(ESTIMATORS).index(name)}", ESTIMATORS[name] + ", no SN" * (sn == "no")
             axis.plot(group.h, values, style, color=color, marker="o", ms=3, label=label)
         hs = sorted(found.h.unique())
         unit = "variance at h = 1" if key == "variance" else "norm of the true gradient"
@@ -123,10 +123,10 @@ def draw_gradients(path: Path):
     figure.savefig(path, dpi=100)
 
 
-def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), out: Path = Path("runs.png")):
-    """Draw these run folders into --out, or without any the READMEs' figures."""
-    if folders:
-        return draw(of_user(folders), out)
+def main(folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), out: Path | None = None):
+    """Draw these run folders into --out (None: runs.png), or without any the READMEs' figures."""
+    if folders or out:
+        return draw(of_user(folders), out or Path("runs.png"))
     draw(committed(IN_DIFFSIM, "ant", "anymal", "humanoid", "hand"), HERE / "results.png")
     on_mujoco = committed(ON_MUJOCO, "ant", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
     draw(on_mujoco, HERE / "mujoco.png", axes_x=("global_step",))  # minutes of few were measured side by side

@@ -188,6 +188,8 @@ def planned(args: Args) -> list[dict]:
     flags = " ".join(args.flags.split())
     if bool(flags) != bool(args.tag) or "__" in args.tag:
         sys.exit("train.py: --tag names the variant that --flags make: give both, or neither; no __ in it")
+    with diffsim.flags.one_line_errors():
+        _ = [diffsim.default_physics(env) for env in args.envs]
     known, jobs = read(args.results / "runs.csv"), []
     done, commits = (dict(zip(known.run, known.get(key, []))) for key in ("flags", "commit"))
     for env, seed, script in product(args.envs, args.seeds, args.scripts):
@@ -211,10 +213,9 @@ def algorithm(script: str, flags: str) -> str:
 
 def duration(jobs: list[dict]) -> str:
     """What the committed runs let expect."""
-    keys = ["env", "script", "tag"]
     known = pd.read_csv(ROOT / "benchmarks" / "runs.csv", keep_default_na=False, na_values={"minutes": [""]})
-    minutes = known.groupby(keys).minutes.median().to_dict()
-    spent = [minutes.get(tuple(job[key] for key in keys)) for job in jobs]
+    minutes = known.groupby(["env", "script", "tag"]).minutes.median().to_dict()
+    spent = [minutes.get((job["env"], job["script"], job["tag"])) for job in jobs]
     return f"{len(jobs)} runs, {sum(filter(None, spent)) / 60:.1f} hours, {spent.count(None)} of them of unknown length"
 
 
@@ -229,8 +230,7 @@ def main(args: Args):
     jobs = [job for variant in variants(args) for job in planned(variant)][args.part[0] - 1 :: args.part[1]]
     if args.dry_run:
         return print(*[job["run"] for job in jobs], duration(jobs), sep="\n")
-    if args.all:
-        print(f"{duration(jobs)}; the same command goes on after the last run that was over", flush=True)
+    args.all and print(f"{duration(jobs)}; the same command goes on after the last run that was over", flush=True)
     failed = []
     for job in jobs:
         print(f"{job['run']}: training, its log is {FOLDERS / job['run'] / 'log.txt'}", flush=True)

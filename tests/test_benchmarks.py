@@ -317,9 +317,10 @@ def test_plot_says_in_a_line_where_it_cannot_write(tmp_path):
             plot.draw({"ant": {"shac": [curve]}}, path)
 
 
-def test_throughput_of_an_unknown_task_is_one_line(tmp_path, refused):
-    said = refused("benchmarks/throughput.py", "--env", "antt", "--results", tmp_path)
-    assert said.startswith("throughput.py: unknown env 'antt'")
+@pytest.mark.parametrize("script, flag", [("throughput.py", "--env"), ("train.py", "--envs")])
+def test_an_unknown_task_is_one_line(script, flag, tmp_path, refused):
+    said = refused(f"benchmarks/{script}", flag, "antt", "--results", tmp_path)
+    assert said.startswith(f"{script}: unknown env 'antt'; did you mean ant?")
 
 
 def test_plot_leaves_out_files_that_no_run_wrote(tmp_path, capsys):
@@ -346,8 +347,9 @@ def test_plot_tells_runs_apart_that_have_no_checkpoint_yet(tmp_path):
 
 
 def test_plot_says_in_a_line_what_is_no_run(tmp_path):
-    with pytest.raises(SystemExit, match="nothing to draw"):
-        plot.main((tmp_path,), tmp_path / "mine.png")
+    for folders in ((tmp_path,), ()):
+        with pytest.raises(SystemExit, match="nothing to draw; name run folders"):
+            plot.main(folders, tmp_path / "mine.png")
 
 
 # --- train.py -----------------------------------------------------------------------------------------------------
