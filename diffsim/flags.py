@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, replace
@@ -162,6 +163,9 @@ def cli(Args, **how):
     text = " ".join("\n" if set(line) <= {"─", "-"} else line for line in lines)
     parts = [part for part in text.split("\n") if part.strip()]
     meant = [part.split()[3] for part in parts if part.split()[:3] == ["Perhaps", "you", "meant:"]]
+    if wrong := re.search(r"(--\S+): no type matching (.+) could be instantiated from \[(.*)\]", parts[0]):
+        kinds = re.sub("[{}]", "", wrong[2].replace("{None}|", "")).replace("|", " or ")
+        parts[0] = f"{wrong[1]} takes {kinds}, not {wrong[3]}"
     fail(f"{parts[0].strip()}{f' (perhaps {meant[0]}?)' if meant else ''}; --help lists all flags")
 
 

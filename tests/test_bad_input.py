@@ -29,6 +29,8 @@ shac.py --horizon -1 | --horizon is -1
 shac.py --horizon 2.5 | --horizon.*2.5
 shac.py --total-timesteps 0 | --total-timesteps is 0
 shac.py --total-timesteps -5 | --total-timesteps is -5
+shac.py --stop-after abc | --stop-after takes INT, not 'abc'
+rpo_diffsim.py --clip-coef .1 .2 .3 | --clip-coef takes FLOAT or FLOAT FLOAT, not '.1', '.2', '.3'
 shac.py --total-timesteps 2M | --total-timesteps: '2M' is not a whole number, like 1000000 or 1e6
 shac.py --total-timesteps 1e99 | it must be between 1 and
 shac.py --gamma 1.5 | --gamma is 1.5; it must be between 0 and 1
