@@ -132,8 +132,7 @@ class Lab:
 
     def draw(self, delta: float) -> tuple[dict, dict]:
         """Estimates of dR/dc by name, (N, act_dim), and what happened, (N,) or (N, act_dim). Moves on by a window."""
-        env, estimates = self.env, {}
-        start = env.get_state()
+        env, start, estimates = self.env, self.env.get_state(), {}
         noise = torch.randn(self.args.horizon, *env.action_space.shape, dtype=env.dtype)
         for lam in LAMBDAS:
             env.set_state(start)
@@ -172,10 +171,9 @@ class Lab:
         flags = [f"--env {quote(args.env)} --physics {args.physics} --seed {args.seed}"]
         for name in (f.name for f in fields(args) if f.name not in {f.name for f in fields(RunArgs)}):
             value, flag = getattr(args, name), name.replace("_", "-")
-            words = value if isinstance(value, tuple) else (value,)
+            words = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
             if value != getattr(usual, name):
-                is_switch = isinstance(value, bool)
-                flags.append(f"--{'no-' * (value is False)}{flag}" + "".join(f" {x}" for x in words) * (not is_switch))
+                flags.append(f"--{'no-' * (value is False)}{flag}" + "".join(f" {x}" for x in words))
         return f"rpo_diffsim.py {' '.join(flags)} --stop-after {self.iteration}"
 
 

@@ -124,11 +124,9 @@ class Lab:
     def parts(self, z, noise) -> torch.Tensor:
         """(h + 1, number of parameters): dp's gradient by its actions, from as many copies of the policy."""
         copies = [copy.deepcopy(self.actor) for _ in noise]
-        turns = iter(copies)
-        step = partial(rp.predicted_step, self.model)
-        value, _, _ = rp.expansion(
-            lambda z, eps: next(turns)(z, eps), self.critic, step, z, noise, self.args.gamma, self.alpha
-        )
+        turns, step = iter(copies), partial(rp.predicted_step, self.model)
+        others = self.critic, step, z, noise, self.args.gamma, self.alpha
+        value, _, _ = rp.expansion(lambda z, eps: next(turns)(z, eps), *others)
         grads = torch.autograd.grad(value.mean(), [p for actor in copies for p in actor.parameters()])
         return torch.cat([g.flatten() for g in grads]).view(len(noise), -1)
 

@@ -54,7 +54,7 @@ def draw(panels: Panels, path: Path, y: str = "episodic_return", axes_x=("global
         column[0].legend(fontsize=7, framealpha=0.5)
     figure.supylabel("return while training" if y == "episodic_return" else "evaluations", fontsize="medium")
     try:
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=100, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as e:  # ValueError: a suffix that is no format
         sys.exit(f"plot.py: cannot write {path}: {getattr(e, 'strerror', None) or e}")
     print(f"wrote {path}")
@@ -84,7 +84,7 @@ def settings(folder: Path) -> dict:
 def of_user(folders: tuple[Path, ...]) -> Panels:
     """Runs by environment; runs of a script that differ in more than the seed are named by what differs."""
     variants, panels = [], defaultdict(dict)
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
         file, curve, columns = folder / "metrics.csv", pd.DataFrame(), ["global_step", "wall_time_s", "episodic_return"]
         with suppress(OSError, ValueError):  # what pandas raises for no table of numbers is a ValueError
             if file.is_file():

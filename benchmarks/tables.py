@@ -246,4 +246,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.argv[1:] in ([], ["--check"]) or sys.exit(f"tables.py: --check, or nothing; not {' '.join(sys.argv[1:])}")
     main()

@@ -5,6 +5,7 @@ Rows are added to throughput.csv in --results as they come (`--results benchmark
 """
 
 import signal
+import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -85,10 +86,11 @@ def physics_row(args: Args, batch: int) -> dict:
 
 def training(args: Args, batch: int, *flags: str) -> pd.DataFrame:
     """metrics.csv of a training."""
-    job = dict(script=args.script, env=args.env, seed=1, flags=f"--num-envs {batch * args.processes} " * (batch > 0))
-    job["flags"] += args.flags
+    more = f"--num-envs {batch * args.processes} " * (batch > 0) + args.flags
+    job = dict(script=args.script, env=args.env, seed=1, flags=more)
     with tempfile.TemporaryDirectory() as folder:
-        start(job, folder, *flags, processes=args.processes, check=True, capture_output=True)
+        if failed := start(job, folder, *flags, processes=args.processes, stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit(failed)  # it has said why
         return pd.read_csv(next(Path(folder).glob("*/metrics.csv")))
 
 
@@ -113,6 +115,7 @@ def training_row(args: Args, batch: int) -> dict:
 if __name__ == "__main__":
     diffsim.program.start()
     args = tyro.cli(Args)
+    args.results.is_file() and diffsim.flags.fail(f"--results {args.results} is a file; it takes a folder")
     path = args.results / "throughput.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     for batch in args.batches:

@@ -30,7 +30,6 @@ import tyro
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import diffsim
-from diffsim.gymnasium_env import is_gymnasium_id
 from diffsim.play import load_policy, playback_env, rollout
 from diffsim.run_files import write_whole
 
@@ -119,13 +118,13 @@ def train(job: dict) -> Path | None:
 def replay(policy, env: str) -> dict:
     """What a final policy does on every engine that has the task."""
     row, soft = {}, {"diffsim": policy.softness} if policy.physics == "diffsim" else {}
-    for physics in ("gymnasium",) if is_gymnasium_id(env) else ("diffsim", "mujoco"):
+    for physics in ("gymnasium",) if diffsim.is_gymnasium_id(env) else ("diffsim", "mujoco"):
         played = rollout(playback_env(env, EPISODES, physics, **soft.get(physics, {})), policy, EPISODES)
         row[f"return_{physics}"] = float(played["return"].mean())
         if physics != "gymnasium":
             row[f"limit_{physics}"] = float(played["limit_violation"].max())
             row[f"depth_{physics}"] = float(played["penetration"].max())
-    if env in diffsim.TASKS or not is_gymnasium_id(env):
+    if env in diffsim.TASKS or not diffsim.is_gymnasium_id(env):
         played = rollout(on_mujoco := playback_env(env, MANY, "mujoco"), policy, MANY)
         fell = played["length"] < on_mujoco.max_episode_steps
         row |= dict(falls=int(fell.sum()), falls_return=float(played["return"].mean()))
@@ -185,16 +184,16 @@ def descends(commit: str, since: str) -> bool:
 
 def planned(args: Args) -> list[dict]:
     """The runs that --results does not have. Bad input ends the program with one line."""
-    flags = " ".join(args.flags.split())
-    if bool(flags) != bool(args.tag) or "__" in args.tag:
-        sys.exit("train.py: --tag names the variant that --flags make: give both, or neither; no __ in it")
+    flags, own = " ".join(args.flags.split()), {"--env", "--seed", "--run-dir"}  # which a row says elsewhere
+    if bool(flags) != bool(args.tag) or "__" in args.tag or own & {x.split("=")[0] for x in flags.split()}:
+        sys.exit("train.py: --tag names what --flags make: both or neither; no __ in it; no --env, --seed, --run-dir")
     with diffsim.flags.one_line_errors():
         _ = [diffsim.default_physics(env) for env in args.envs]
     known, jobs = read(args.results / "runs.csv"), []
     done, commits = (dict(zip(known.run, known.get(key, []))) for key in ("flags", "commit"))
     for env, seed, script in product(args.envs, args.seeds, args.scripts):
         if not (ROOT / f"{script}.py").exists():
-            sys.exit(f"train.py: there is no {script}.py")
+            sys.exit(f"train.py: there is no {script}.py; scripts are named without .py")
         name = f"{env.split(':')[-1]}__{script}{args.tag and '-' + args.tag}__{seed}"
         if (other := done.get(name, flags) != flags) and not args.all:
             sys.exit(f"train.py: {args.results} has {name} with flags '{done[name]}'; use another --tag")
@@ -221,6 +220,7 @@ def duration(jobs: list[dict]) -> str:
 
 def main(args: Args):
     torch.set_num_threads(1)
+    args.results.is_file() and sys.exit(f"train.py: --results {args.results} is a file; it takes a folder")
     if args.since and not descends("HEAD", args.since):
         sys.exit(f"train.py: --since {args.since} is no commit that HEAD comes after")
     if args.all and (given := [key for key in KEYS if getattr(args, key) != getattr(Args, key)]):

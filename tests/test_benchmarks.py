@@ -28,6 +28,7 @@ import load  # noqa: E402
 import opponents  # noqa: E402
 import plot  # noqa: E402
 import tables  # noqa: E402
+import throughput  # noqa: E402
 import train  # noqa: E402
 
 
@@ -428,12 +429,29 @@ def test_train_refuses_bad_flags_in_one_line(flags, trained, tmp_path):
     assert trained == [] and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags", [dict(flags="--gamma 0.9"), dict(tag="gamma"), dict(flags="--gamma 0.9", tag="sapo")])
+@pytest.mark.parametrize("flags", [
+    dict(tag="g"), dict(flags="--gamma 0.9"), dict(flags="--gamma 0.9", tag="sapo"), dict(tag="s", flags="--seed=7"),
+])  # fmt: skip
 def test_train_refuses_a_name_for_two_things(flags, trained, tmp_path):
     shutil.copy(BENCHMARKS / "runs.csv", tmp_path)
     with pytest.raises(SystemExit, match="tag") as error:
         train.main(train.Args(results=tmp_path, **flags))
     assert trained == [] and "\n" not in str(error.value)
+
+
+def test_results_that_are_a_file_are_refused_before_anything_runs(trained, tmp_path, refused):
+    (tmp_path / "mine").touch()
+    with pytest.raises(SystemExit, match="train.py: --results .*mine is a file; it takes a folder"):
+        train.main(train.Args(results=tmp_path / "mine"))
+    assert trained == []
+    assert "mine is a file; it takes" in refused("benchmarks/throughput.py", "--results", tmp_path / "mine")
+
+
+def test_throughput_passes_on_why_a_training_failed(tmp_path, capfd):
+    args = throughput.Args(env="cartpole", processes=1, flags="--bogus 3", results=tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        throughput.training(args, 0)
+    assert "rpo_diffsim.py: Unrecognized options: --bogus" in capfd.readouterr().err
 
 
 def test_train_goes_on_after_a_run_that_failed(trained, monkeypatch, tmp_path, capsys):
