@@ -117,7 +117,7 @@ def train(job: dict) -> Path | None:
 
 def replay(policy, env: str) -> dict:
     """What a final policy does on every engine that has the task."""
-    row, soft = {}, {"diffsim": policy.softness} if policy.physics == "diffsim" else {}
+    row, soft = {}, {"diffsim": policy.softness} if getattr(policy, "physics", None) == "diffsim" else {}  # SBX's: none
     for physics in ("gymnasium",) if diffsim.is_gymnasium_id(env) else ("diffsim", "mujoco"):
         played = rollout(playback_env(env, EPISODES, physics, **soft.get(physics, {})), policy, EPISODES)
         row[f"return_{physics}"] = float(played["return"].mean())
