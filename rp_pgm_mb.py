@@ -8,9 +8,8 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
         model's (SVG(h), Heess et al. 2015, arXiv 1510.09142)
     lr  likelihood ratio: the score function on the model's trajectories, no derivative of the model
 
-Spectral normalisation of model and policy slows how the variance of dp and dr grows with h. Critics, temperature and
-replay buffer are SAC's (Haarnoja et al. 2018, 1812.05905): --unroll 0 --tau 0.005 --end-cost 0 --quiet-episodes 0
---no-spectral-norm --policy-frequency 1 --policy-average 0 is that. What the paper lacks: benchmarks/learned_model.md.
+Spectral normalisation of model and policy slows how the variance of dp and dr grows with h. --unroll 0
+--no-spectral-norm --policy-frequency 1 --policy-average 0 is SAC (Haarnoja et al. 2018, arXiv 1812.05905).
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -56,9 +55,9 @@ class Args(RunArgs):
     """estimator of the policy gradient: see the first lines of this file"""
     unroll: Natural = 3
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic, whatever --gradient"""
-    expand_critic: bool = True
+    expand_critic: bool = False
     """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
-    imagined_steps: Natural = 20
+    imagined_steps: Natural = 0
     """steps of the policy's roll-outs in the model, which add as many samples again (MBPO, 1906.08253); 0: none"""
     spectral_norm: bool = True
     """spectral normalisation of all layers of the dynamics but the last, and of the policy's hidden-to-hidden layers"""
@@ -96,8 +95,8 @@ class Args(RunArgs):
     """gradients of model and policy are scaled down to this norm"""
     gamma: Fraction = 0.99
     """discount factor"""
-    tau: Fraction = 0.02
-    """step of the target critics towards the critics at each update (the paper: 0.005)"""
+    tau: Fraction = 0.005
+    """step of the target critics towards the critics at each update"""
     policy_average: Decay = 0.999
     """share of the averaged policy, the one evaluated and saved, that is kept; at first a plain mean; 0: the last"""
     entropy_coef: Rate = 0.1
@@ -123,11 +122,12 @@ class Args(RunArgs):
 
 
 # What differs from Args for an environment or an engine; flags on the command line win.
+FALLS = dict(expand_critic=True, imagined_steps=20, tau=0.02, end_cost=250.0, quiet_episodes=1.0)  # see learned_model.md
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
-    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, end_cost=250.0, quiet_episodes=1.0),  # -1: MBPO's
-    "on diffsim": dict(num_envs=16),  # at its best with many
-}
+    "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, **FALLS),  # -1: MBPO's
+    "Walker2d-v5": dict(growth_steps=200_000, **FALLS), "on diffsim": dict(num_envs=16),  # at its best with many
+}  # fmt: skip
 
 
 def mlp(sizes: list[int], args: Args, normalized: range = range(0)) -> nn.Sequential:
@@ -177,7 +177,8 @@ class Actor(nn.Module):
 
 @torch.no_grad()
 def move_average(average: Actor, actor: Actor, rate: float):
-    """Move an average, which has plain weights, towards the normalised weights of the policy."""
+    """Normalise the weights of the policy, which have changed, and move an average of them, plain weights, there."""
+    update_spectral_norm(actor.net)
     for mean, layer in zip(average.net[::2], actor.net[::2]):  # the linear ones
         mean.weight.lerp_(layer.weight, rate)
         mean.bias.lerp_(layer.bias, rate)
@@ -191,8 +192,7 @@ class Critics(nn.Module):
         self.members = nn.ModuleList(mlp([obs_dim + act_dim, *args.critic_hidden, 1], args) for _ in range(2))
 
     def forward(self, z, action):
-        inputs = torch.cat([z, action], -1)
-        return torch.stack([member(inputs).squeeze(-1) for member in self.members])  # (2, ...)
+        return torch.stack([member(torch.cat([z, action], -1)).squeeze(-1) for member in self.members])  # (2, ...)
 
 
 class Model(nn.Module):
@@ -396,6 +396,7 @@ if __name__ == "__main__":
     # --- what is computed in a step: each function is one graph, where it is compiled ------------------------------
     compiled = compiler(args.compile and args.device == "cpu")
     act = compiled(lambda obs, noise: actor(normalizer(obs), noise))
+    follow = compiled(lambda rate: move_average(average, actor, rate))
 
     @compiled
     def note(obs, reward, final_obs):
@@ -482,8 +483,7 @@ if __name__ == "__main__":
             policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
-                update_spectral_norm(actor.net)
-                move_average(average, actor, max(1 - args.policy_average, args.policy_frequency / (update + 1)))
+                follow(torch.tensor(max(1 - args.policy_average, args.policy_frequency / (update + 1))))
                 temperature[0].grad = alpha * (entropy - target_entropy)
                 temperature_optimizer.step()
             run.lap("actor")

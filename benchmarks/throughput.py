@@ -21,7 +21,7 @@ import tyro
 from mujoco import rollout
 from train import FOLDERS, algorithm, commit, diffsim, start
 
-HORIZON, REPEATS = 32, 5  # control steps of a window; measurements, of which the median is kept
+HORIZON, REPEATS = 32, 5  # control steps of a window; turns of measurements, the median is kept
 
 
 @dataclass
@@ -76,7 +76,6 @@ def physics_row(args: Args, batch: int) -> dict:
     env.reset()
     actions = (0.3 * torch.randn(HORIZON, batch, env.model.nu)).clamp(-1, 1).requires_grad_()
     window(env, actions[:1], True)
-    # by turns, because a machine has other work
     seen = [(window(env, actions, False), window(env, actions, True), 1 / mujoco_speed(env)) for _ in range(REPEATS)]
     substeps = batch * HORIZON * env.substeps
     speeds = [round(work / x) for work, x in zip((substeps, substeps, 1), np.median(seen, 0))]
@@ -116,6 +115,7 @@ if __name__ == "__main__":
     diffsim.program.start()
     args = tyro.cli(Args)
     args.results.is_file() and diffsim.flags.fail(f"--results {args.results} is a file; it takes a folder")
+    args.until and not args.processes and diffsim.flags.fail("--until is a training's; it needs --processes 1 or 2")
     path = args.results / "throughput.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     for batch in args.batches:

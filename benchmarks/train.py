@@ -191,7 +191,7 @@ def planned(args: Args) -> list[dict]:
         _ = [diffsim.default_physics(env) for env in args.envs]
     known, jobs = read(args.results / "runs.csv"), []
     done, commits = (dict(zip(known.run, known.get(key, []))) for key in ("flags", "commit"))
-    for env, seed, script in product(args.envs, args.seeds, args.scripts):
+    for env, seed, script in dict.fromkeys(product(args.envs, args.seeds, args.scripts)):
         if not (ROOT / f"{script}.py").exists():
             sys.exit(f"train.py: there is no {script}.py; scripts are named without .py")
         name = f"{env.split(':')[-1]}__{script}{args.tag and '-' + args.tag}__{seed}"
@@ -236,7 +236,7 @@ def main(args: Args):
         print(f"{job['run']}: training, its log is {FOLDERS / job['run'] / 'log.txt'}", flush=True)
         if (folder := train(job)) is None:
             failed.append(job["run"])
-            print(f"{job['run']}: failed, see {FOLDERS / job['run'] / 'log.txt'}", flush=True)
+            print(f"{job['run']}: failed: {(FOLDERS / job['run'] / 'log.txt').read_text().strip()[-300:]}", flush=True)
             continue
         numbers, curve = measured(folder)
         put(args.results / "runs.csv", pd.DataFrame([job | numbers]), 7)
