@@ -122,7 +122,7 @@ class Args(RunArgs):
 
 
 # What differs from Args for an environment or an engine; flags on the command line win.
-FALLS = dict(expand_critic=True, imagined_steps=20, tau=0.02, end_cost=250.0, quiet_episodes=1.0)  # see learned_model.md
+FALLS = dict(expand_critic=True, imagined_steps=20, tau=0.02, end_cost=250.0, quiet_episodes=1.0)  # learned_model.md
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
     "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, **FALLS),  # -1: MBPO's
