@@ -4,12 +4,11 @@ Here the simulator is a black box: it is sampled, and a smooth model of it is le
 an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by one of three estimators:
 
     dp  derivatives on predictions: back-propagate through the model's own trajectory
-    dr  derivatives on real trajectories: the noise that explains them is inferred, and only the derivatives are the
-        model's (SVG(h), Heess et al. 2015, arXiv 1510.09142)
+    dr  derivatives on real trajectories, their noise inferred: SVG(h) (Heess et al. 2015, arXiv 1510.09142)
     lr  likelihood ratio: the score function on the model's trajectories, no derivative of the model
 
 Spectral normalisation of model and policy slows how the variance of dp and dr grows with h. --unroll 0
---no-spectral-norm --policy-frequency 1 --policy-average 0 is SAC (Haarnoja et al. 2018, arXiv 1812.05905).
+--no-spectral-norm --policy-frequency 1 --policy-average 0 is SAC (Haarnoja et al. 2018, 1812.05905), less FALLS.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -126,7 +125,8 @@ FALLS = dict(expand_critic=True, imagined_steps=20, tau=0.02, end_cost=250.0, qu
 DEFAULTS = {
     "InvertedDoublePendulum-v5": dict(total_timesteps=30_000, model_warmup=0, log_std_init=0.0),
     "Hopper-v5": dict(total_timesteps=100_000, target_entropy=-1.0, **FALLS),  # -1: MBPO's
-    "Walker2d-v5": dict(growth_steps=200_000, **FALLS), "on diffsim": dict(num_envs=16),  # at its best with many
+    "Walker2d-v5": dict(growth_steps=200_000, **FALLS), "HalfCheetah-v5": dict(update_ratio=2.0),
+    "Ant-v5": dict(update_ratio=2.0), "on diffsim": dict(num_envs=16),  # at its best with many
 }  # fmt: skip
 
 

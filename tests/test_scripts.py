@@ -187,7 +187,7 @@ GIVEN = {
         norm_obs=False, norm_reward=False,
     ),
     "rp_pgm_mb.py": COMMON | dict(
-        gradient="dr", unroll=2, spectral_norm=False, expand_critic=False, imagined_steps=3, learning_starts=9,
+        gradient="dr", unroll=2, spectral_norm=False, expand_critic=True, imagined_steps=3, learning_starts=9,
         model_warmup=12, power_iterations=2, update_ratio=0.5, model_updates=2, policy_frequency=1, batch_size=4,
         end_cost=0.5, quiet_episodes=0.7, growth_steps=50, dr_recent=100, buffer_size=200, learn_entropy_coef=False,
         eval_every=30, actor_learning_rate=1e-4, critic_learning_rate=2e-3, model_learning_rate=2e-3, tau=0.01,
