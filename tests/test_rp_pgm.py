@@ -15,7 +15,7 @@ from tests import run_fresh, run_script
 from tests.test_shac import play, rows
 
 TINY = "--no-compile --num-envs 2 --total-timesteps 4000 --learning-starts 20 --model-warmup 24 --batch-size 8".split()
-TINY += "--eval-every 0 --eval-episodes 2 --log-every 2 --save-every 1000".split()
+TINY += "--eval-every 0 --eval-episodes 2 --log-every 2 --save-every 1000 --imagined-steps 20 --expand-critic".split()
 GAMMA, H, OBS, ACT = 0.9, 4, 3, 2
 
 
@@ -402,11 +402,11 @@ def test_what_is_compiled_computes_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "compiler_error", lambda: None)
     monkeypatch.setenv("DIFFSIM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    flags = ["--env", "Pendulum-v1", *TINY, *"--unroll 1 --expand-critic --model-hidden 8 --stop-after 16".split()]
+    flags = ["--env", "Pendulum-v1", *TINY, *"--unroll 1 --model-hidden 8 --stop-after 16".split()]
     run_script("rp_pgm_mb.py", *flags, "--run-dir", tmp_path / "plain")
     assert not graphs_made
     run_script("rp_pgm_mb.py", *flags, "--compile", "--run-dir", tmp_path / "compiled")
-    assert {"model_gradient", "critic_gradient", "policy_gradient"} < set(graphs_made)
+    assert {"model_gradient", "imagine", "critic_gradient", "policy_gradient"} < set(graphs_made)
     plain, compiled = (rows(tmp_path / x)[-1] for x in ("plain", "compiled"))
     for name in ("policy_loss", "value_loss", "q_value", "state_loss", "norm_before_clip", "entropy_coef"):
         assert float(compiled[name]) == pytest.approx(float(plain[name]), rel=1e-3), name
