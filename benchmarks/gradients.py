@@ -1,8 +1,7 @@
 """Bias and variance of rp_pgm_mb.py's gradient estimators, on the networks and states of its checkpoints.
 
-    python rp_pgm_mb.py --env Hopper-v5 --total-timesteps 20000 --end-cost 0 --quiet-episodes 0 --run-dir runs/lab
-    # the same with --no-spectral-norm
-    python benchmarks/gradients.py runs/lab/*                        # rows to runs/gradients.csv
+    python rp_pgm_mb.py --env hopper --total-timesteps 20000 --run-dir runs/lab     # and with --no-spectral-norm
+    python benchmarks/gradients.py runs/lab/*                               # rows to runs/gradients.csv
     python benchmarks/gradients.py runs/lab/* --out benchmarks/probes.csv   # into what the tables are made of
 
 For each length h of the expansion: the trace of the covariance of the flattened policy gradient over independent draws
@@ -39,7 +38,7 @@ class Args:
     """run folders of rp_pgm_mb.py"""
     horizons: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """h, lengths of the expansion"""
-    draws: int = 32
+    draws: int = 128
     """independent draws of the gradient"""
     batch: int = 64
     """samples of a draw"""

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 ALGORITHMS = ["RPO", "SHAC", "SAPO", "PPO", "RP-PGM", "SAC (SBX)", "CrossQ (SBX)"]
 ESTIMATORS = dict(dp="DP (FMG)", dr="DR (MVG)", lr="LR (FMG)", mfg="score function (MFG)", true="through the simulator")
 ORDINARY = ["", "sapo", "mujoco", "gymnasium", "30k"]  # tags of runs that others are compared with
-DRAWS = 32  # of 64 samples each, in a probe
+DRAWS = 128  # of 64 samples each, in a probe
 
 
 @cache
@@ -55,9 +55,9 @@ def rivals(group: pd.DataFrame, algorithm: str) -> list[pd.DataFrame]:
     return [load_curves()[run] for run in latest_ppo(same).run]
 
 
-def load_probes() -> pd.DataFrame:
-    """By env, spectral normalisation, estimator and h: geometric mean of the variance over the probes; medians of bias
-    and of one draw's standard deviation, in units of the true gradient's norm.
+def load_probes(*more: str) -> pd.DataFrame:
+    """By env, spectral normalisation, estimator and h (`more`: run): geometric mean of the variance over the probes;
+    medians of bias and of one draw's standard deviation, in units of the true gradient's norm.
     The norm of a mean of DRAWS draws contains their noise. It is taken off; where nothing is left, these are nan.
     """
     probes = pd.read_csv(HERE / "probes.csv").merge(load_runs()[["run", "env", "flags"]], on="run")
@@ -69,7 +69,7 @@ def load_probes() -> pd.DataFrame:
     probes["deviation"] = np.sqrt(probes.variance) / norm
     probes["spectral_norm"] = np.where(probes["flags"].str.contains("--no-spectral-norm"), "no", "yes")
     probes["estimator"] = pd.Categorical(probes.estimator, ESTIMATORS)
-    groups = probes.groupby(["env", "spectral_norm", "estimator", "h"], observed=True)
+    groups = probes.groupby(["env", "spectral_norm", "estimator", *more, "h"], observed=True)
     summary = groups[["bias", "deviation"]].agg(lambda x: x.median(skipna=False)).assign(probes=groups.size())
     summary["variance"] = groups.variance.agg(lambda x: np.exp(np.log(x).mean()))
     return summary.reset_index().sort_values(["env", "spectral_norm"], ascending=[True, False])
