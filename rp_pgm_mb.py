@@ -7,8 +7,8 @@ an h-step expansion, V = sum_(i<h) gamma^i r(s_i, a_i) + gamma^h Q(s_h, a_h), by
     dr  derivatives on real trajectories, their noise inferred: SVG(h) (Heess et al. 2015, arXiv 1510.09142)
     lr  likelihood ratio: the score function on the model's trajectories, no derivative of the model
 
-Spectral normalisation of model and policy slows how the variance of dp and dr grows with h. --unroll 0
---no-spectral-norm --policy-frequency 1 --policy-average 0 is SAC (Haarnoja et al. 2018, 1812.05905), save on Hopper-v5.
+Spectral normalisation of model and policy slows how the variance of dp and dr grows with h. SAC (Haarnoja et al. 2018)
+is --unroll 0 --no-spectral-norm --policy-frequency 1 --policy-average 0 --tau 0.005 --end-cost 0 --quiet-episodes 0.
 
     python rp_pgm_mb.py --env Hopper-v5                             # or any Gymnasium id with continuous actions
     python -m diffsim.play runs/hopper-v5__rp_pgm_mb__1__<time>     # returns, and --video hopper.mp4
@@ -55,7 +55,7 @@ class Args(RunArgs):
     unroll: Natural = 3
     """h, steps of the expansion before the critic takes over; 0: soft actor-critic, whatever --gradient"""
     expand_critic: bool = False
-    """the critics' targets are expansions too, and follow the policy faster (Feinberg et al. 2018, arXiv 1803.00101)"""
+    """the critics' targets are expansions too, where h > 0: they follow faster (Feinberg et al. 2018, 1803.00101)"""
     imagined_steps: Natural = 0
     """steps of the policy's roll-outs in the model, which add as many samples again (MBPO, 1906.08253); 0: none"""
     spectral_norm: bool = True
@@ -65,13 +65,13 @@ class Args(RunArgs):
     learning_starts: Count = 1_000
     """environment steps of uniform random actions before the first update"""
     model_warmup: Natural = 5_000
-    """environment steps until the expansion replaces soft actor-critic's gradient (the paper: 10,000)"""
+    """environment steps until the expansion replaces SAC's gradient, if a run gets there (the paper: 10,000)"""
     end_cost: Weight = 0.0
     """what an end costs, as a multiple of the mean reward: a fall some way ahead weighs more"""
     quiet_episodes: Fraction = 0.0
     """share of episodes without noise: they meet what evaluations do"""
     growth_steps: Count = 100_000
-    """environment steps over which --end-cost and --quiet-episodes grow from nothing"""
+    """environment steps over which --end-cost and --quiet-episodes grow from nothing, whatever the run's length"""
     update_ratio: Ratio = 1.0
     """updates of model, critic and policy per environment step"""
     model_updates: Few = 1

@@ -43,7 +43,7 @@ class Args:
     batch: int = 64
     """samples of a draw"""
     out: Path = ROOT / "runs" / "gradients.csv"
-    """table to add rows to, in the place of earlier ones of the same run and step"""
+    """table to add rows to, in the place of earlier ones of the same task, normalisation, seed and step"""
 
 
 class Lab:

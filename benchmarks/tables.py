@@ -131,11 +131,11 @@ def variance() -> str:
 
 def bias() -> str:
     """Against the true gradient of the same objective, where diffsim gives it."""
-    known, rows = load_probes().query("env == 'hopper'"), []
+    known, rows = load_probes("run").query("env == 'hopper'"), []
     for (sn, name), group in known.groupby(["spectral_norm", "estimator"], observed=True, sort=False):
-        pairs = zip(group.bias, group.deviation)
-        cells = [f"{'-' if name == 'true' else f'{b:.2f}'} / {d:.2f}" if d == d else "" for b, d in pairs]
-        rows.append([sn, ESTIMATORS[name], *cells])
+        bias = ["-" if name == "true" else spread(g.bias, 2) for _, g in group.groupby("h")]
+        deviation = group.groupby("h").deviation.median()
+        rows.append([sn, ESTIMATORS[name], *(f"{b} / {d:.2f}" for b, d in zip(bias, deviation))])
     return markdown(["SN", "bias / deviation", *(f"h = {h}" for h in sorted(known.h.unique()))], rows)
 
 

@@ -242,7 +242,7 @@ def main(args: Args):
         put(args.results / "runs.csv", pd.DataFrame([job | numbers]), 7)
         put(args.results / "curves.csv.gz", curve.assign(run=job["run"])[["run", *CURVES]], 5)
         print(f"{job['run']}: return {numbers['eval_return']:.0f}, {numbers['minutes']:.1f} minutes", flush=True)
-    failed and sys.exit(f"train.py: {len(failed)} runs failed")
+    failed and sys.exit(f"train.py: {len(failed)} of {len(jobs)} runs failed")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def compiler(wanted: bool):
             nonlocal run, new
             if new:
                 name = function.__name__.replace("<lambda>", "a function")
-                print(f"compiling {name}: once, up to a minute or two", file=sys.stderr, flush=True)
+                print(f"compiling {name}: the first time up to a minute or two", file=sys.stderr, flush=True)
                 new = False
             try:
                 return run(*inputs)

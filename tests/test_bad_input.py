@@ -114,6 +114,7 @@ shac.py --clip-coef 0.2 | --clip-coef
 shac.py --env | --env
 shac.py --env antt | unknown env 'antt'; did you mean ant. There is cartpole
 shac.py --env atn | did you mean ant
+shac.py --env Walker2d | did you mean Walker2d-v5
 diffsim/__main__.py ant | ant: python -m diffsim lists the environments, and takes no arguments
 shac.py --env "" | unknown env ''
 shac.py --env ANT | unknown env 'ANT'

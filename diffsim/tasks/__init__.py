@@ -35,6 +35,8 @@ def is_file(name: str) -> bool:
 def nearest(name: str) -> str | None:
     """The task whose name is most like `name`, whatever its case and version: Ant-v5 for "ant-v4"; None if none is."""
     names, enough = {task.lower(): task for task in reversed(TASKS)}, 0.75 if "-" in name else 0.6
+    if name.lower() not in names and f"{name}-v5".lower() in names:
+        return names[f"{name}-v5".lower()]
     return next((names[match] for match in difflib.get_close_matches(name.lower(), names, 1, enough)), None)
 
 
