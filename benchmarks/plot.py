@@ -105,7 +105,7 @@ def of_user(folders: tuple[Path, ...]) -> Panels:
 def draw_gradients(path: Path):
     """Variance of the estimators against h, and bias and deviation where the true gradient is known."""
     found, figure = load_probes(), plt.figure(figsize=(14, 3.6), layout="constrained")
-    envs, keys = ["Hopper-v5", "InvertedDoublePendulum-v5"] + 2 * ["hopper"], 2 * ["variance"] + ["bias", "deviation"]
+    envs, keys = ["Hopper-v5", *3 * ["hopper"]], ["variance", "variance", "bias", "deviation"]
     for axis, env, key in zip(figure.subplots(1, 4), envs, keys):
         of_env = found[found.env == env].groupby(["estimator", "spectral_norm"], observed=True, sort=False)
         for (name, sn), group in of_env:
@@ -119,7 +119,7 @@ def draw_gradients(path: Path):
         axis.set(title=env, xlabel="h", ylabel=f"{key} / {unit}", xscale="log", xticks=hs, xticklabels=hs)
         axis.set_yscale("linear" if key == "bias" else "log")
         axis.minorticks_off()
-        axis.legend(fontsize=7)
+        key == "variance" and axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 

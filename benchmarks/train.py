@@ -236,7 +236,7 @@ def main(args: Args):
         print(f"{job['run']}: training, its log is {FOLDERS / job['run'] / 'log.txt'}", flush=True)
         if (folder := train(job)) is None:
             failed.append(job["run"])
-            print(f"{job['run']}: failed: {(FOLDERS / job['run'] / 'log.txt').read_text().strip()[-300:]}", flush=True)
+            print(f"{job['run']}: failed, see {FOLDERS / job['run'] / 'log.txt'}", flush=True)
             continue
         numbers, curve = measured(folder)
         put(args.results / "runs.csv", pd.DataFrame([job | numbers]), 7)

@@ -457,7 +457,7 @@ def test_throughput_passes_on_why_a_training_failed(tmp_path, capfd):
 def test_train_goes_on_after_a_run_that_failed(trained, monkeypatch, tmp_path, capsys):
     fake = train.train
     monkeypatch.setattr(train, "train", lambda job: None if job["seed"] == 1 else fake(job))
-    with pytest.raises(SystemExit, match="1 runs failed"):
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
         train.main(train.Args(seeds=(1, 2), results=tmp_path))
     assert "ant__shac__1: failed" in capsys.readouterr().out
     assert list(pd.read_csv(tmp_path / "runs.csv").run) == ["ant__shac__2"]
