@@ -483,7 +483,7 @@ if __name__ == "__main__":
             policy_loss, entropy, grad_norm = ascend(gradient, segment, randn(h + 1, *segment["u"].shape[1:]), alpha)
             if grad_norm.isfinite():
                 actor_optimizer.step()
-                follow(torch.tensor(max(1 - args.policy_average, args.policy_frequency / (update + 1))))
+                follow(alpha.new_tensor(max(1 - args.policy_average, args.policy_frequency / (update + 1))))
                 temperature[0].grad = alpha * (entropy - target_entropy)
                 temperature_optimizer.step()
             run.lap("actor")
